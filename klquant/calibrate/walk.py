@@ -1,0 +1,244 @@
+"""Quantize one layer against what its inputs really are: every earlier layer already quantized.
+
+The order inside a layer is the order of the data: projections that read the attention norm, then the output projection
+on what the quantized mixer really puts out, then the MLP's inputs, then its down projections. A second, undisturbed
+stream of the BF16 model runs along when target corrections are on: it tells each weight what its input, and the
+residual stream, should have been.
+Shape suffixes: B = windows in a batch, S = tokens a window, T = tokens (B·S), C = hidden, E = experts, R = top-k.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from klquant.calibrate import folding
+from klquant.calibrate.activations import Activations
+from klquant.calibrate.experts import quantize_experts
+from klquant.calibrate.fit import TensorRecord, fit_weight
+from klquant.calibrate.folding import Seam
+from klquant.calibrate.paths import get, is_stack, put, tensor_names
+from klquant.calibrate.rescale import rescale
+from klquant.checkpoint.config import KimiLinearConfig
+from klquant.core.grid import SCALE_DTYPE, Quantized
+from klquant.model.kda import kda_mix
+from klquant.model.mla import mla_mix
+from klquant.model.moe import activate, experts, route
+from klquant.model.norm import rms_norm
+from klquant.model.weights import LayerWeights, MLAWeights, MoEWeights
+from klquant.quantize.hessian import Moments
+from klquant.recipe.decision import Decision
+from klquant.recipe.plan import Plan
+
+# A stage of a layer: the inputs [B, S, K] of its last linear map, and the stream [B, S, C] that the output is added to.
+Stage = Callable[[LayerWeights, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class LayerResult:
+    """What a layer leaves behind: grids and records by module name, kept tensors that a folding changed by tensor name,
+    and how many calibration tokens the router sent to each expert."""
+
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+    records: dict[str, TensorRecord] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    expert_tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual stream [W, S, C] of the quantized model so far, and of the BF16 model if corrections need it."""
+
+    quantized: Activations
+    reference: Activations | None
+
+
+@dataclass(frozen=True)
+class WalkSettings:
+    """Where a layer is worked on. `batch` is in windows; `expert_chunk` experts have their Hessians held at once;
+    `scratch` is where inputs of an output projection are kept, None for memory."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    expert_chunk: int
+    scratch: Path | None = None
+
+
+class LayerWalk:
+    """One layer's way from BF16 weights to grids. `run` is the whole of it; the methods are its stages, in order."""
+
+    def __init__(
+        self,
+        config: KimiLinearConfig,
+        layer: int,
+        weights: LayerWeights,
+        plan: Plan,
+        settings: WalkSettings,
+        streams: Streams,
+        progress: Callable[[str, float], None] = lambda phase, fraction: None,
+        metrics: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:
+        """`metrics` [C, C]: how errors count that the attention's and the MLP's outputs bring into the stream."""
+        self.config, self.plan, self.recipe, self.settings = config, plan, plan.recipe, settings
+        self.streams, self.progress, self.metrics = streams, progress, metrics
+        self.prefix = f"model.layers.{layer}."
+        self.exact, self.now = weights, weights
+        self.result = LayerResult()
+
+    def run(self) -> LayerResult:
+        self._attention()
+        if isinstance(self.exact.mlp, MoEWeights):
+            self._moe()
+        else:
+            self._dense()
+        return self.result
+
+    def _attention(self) -> None:
+        mla = isinstance(self.exact.attn, MLAWeights)
+        seam, mix = (folding.MLA_INPUT, mla_mix) if mla else (folding.KDA_INPUT, kda_mix)
+        moments = self.input_moments("attention inputs", seam)
+        moments, _ = rescale(self, seam, moments)
+        self.fit(seam.consumers, moments)
+
+        def stage(w: LayerWeights, h: Tensor) -> tuple[Tensor, Tensor]:
+            return mix(self.config, w.attn, self.norm(h, w.input_norm)), h
+
+        # Mixing twice costs a GPU less than moving the output back and forth, and a CPU a quarter less memory.
+        seam = folding.MLA_OUTPUT if mla else folding.KDA_OUTPUT
+        self._output("attention output", seam, stage, self.metrics[0], keep=False)
+
+    def _dense(self) -> None:
+        moments = self.input_moments("MLP inputs", folding.DENSE_INPUT)
+        moments, _ = rescale(self, folding.DENSE_INPUT, moments)
+        self.fit(folding.DENSE_INPUT.consumers, moments)
+
+        def stage(w: LayerWeights, h: Tensor) -> tuple[Tensor, Tensor]:
+            return activate(w.mlp, self.norm(h, w.post_norm)), h
+
+        # The inputs are several times as wide as the stream: computing them twice beats keeping them.
+        self._output("MLP output", folding.DENSE_OUTPUT, stage, self.metrics[1], keep=False)
+
+    def _moe(self) -> None:
+        moments = self.input_moments("MLP inputs", folding.MOE_INPUT)
+        moments, _ = rescale(self, folding.MOE_INPUT, moments)
+        self.fit(("mlp.shared.gate_proj", "mlp.shared.up_proj"), moments)
+        quantize_experts(self, moments)
+
+        def stage(w: LayerWeights, h: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.norm(h, w.post_norm)
+            flat = x.flatten(0, 1)
+            routed = experts(self.config, w.mlp, flat, *route(self.config, w.mlp, flat))
+            return activate(w.mlp.shared, x), h + routed.view_as(h).to(h.dtype)
+
+        # The shared expert sees every token and comes last, so it can make up for some of what the experts lost.
+        self._output("MLP output", folding.SHARED_OUTPUT, stage, self.metrics[1])
+
+    # What the stages are made of.
+
+    def norm(self, h_BSC: Tensor, weight_C: Tensor) -> Tensor:
+        return rms_norm(h_BSC, weight_C, self.config.rms_eps)
+
+    def decision(self, path: str) -> Decision:
+        """What becomes of a field. Experts of a layer are alike, so the first one answers for all."""
+        return self.plan[self.prefix + tensor_names(self.exact, path)[0]]
+
+    def batches(self, phase: str, *, reference: bool = True) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """First window, quantized stream and reference stream (or None) [B, S, C] of one batch after the other."""
+        streams, size = self.streams, self.settings.batch
+        total = len(streams.quantized)
+        for start in range(0, total, size):
+            self.progress(phase, start / total)
+            stop = min(start + size, total)
+            h = streams.quantized.read(start, stop).to(self.settings.device)
+            both = reference and streams.reference is not None
+            yield start, h, streams.reference.read(start, stop).to(self.settings.device) if both else None
+
+    def moments(self, k: int, *lead: int, n: int = 0) -> Moments:
+        """Empty sums for inputs of size `k`, with what target corrections need when they are on."""
+        corrects = self.streams.reference is not None
+        return Moments.zeros(k, *lead, device=self.settings.device, drift=corrects, n=n if corrects else 0)
+
+    def input_moments(self, phase: str, seam: Seam) -> Moments | None:
+        """Mean moments of the norm's output over all tokens; None if nothing that reads it is quantized."""
+        if all(self.decision(path).spec is None for path in seam.consumers):
+            return None
+        moments = self.moments(self.config.hidden_size)
+        for _, h, reference in self.batches(phase):
+            x = self.norm(h, get(self.now, seam.producer)).flatten(0, 1)
+            x_star = None if reference is None else self.norm(reference, get(self.exact, seam.producer)).flatten(0, 1)
+            moments.add(x, reference_TK=x_star)
+        return moments.mean()
+
+    def fit(
+        self, paths: tuple[str, ...], moments: Moments | None, experts: slice | None = None,
+        metric_NN: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Quantize the fields `paths` that read the same inputs, for the experts given where they are stacks.
+
+        Fields with one decision share a Hessian and are quantized as one: rows do not interact but by the metric.
+        `now` has the results.
+        """
+        jobs: dict[tuple, list[str]] = {}
+        for path in paths:
+            if (decision := self.decision(path)).spec is not None:
+                jobs.setdefault((decision.spec, decision.algorithm), []).append(path)
+        for same in jobs.values():
+            parts = [get(self.exact, path)[experts] if is_stack(path) else get(self.exact, path)[None] for path in same]
+            sizes = [w.shape[-2] for w in parts]
+            fits = fit_weight(torch.cat(parts, dim=-2), self.decision(same[0]), moments, self.recipe, sizes, metric_NN)
+            for path, fit in zip(same, fits, strict=True):
+                values = fit.quantized.decode(SCALE_DTYPE).to(self.settings.dtype)
+                names = tensor_names(self.exact, path)
+                if is_stack(path):
+                    get(self.now, path)[experts] = values
+                    names = names[experts]
+                else:
+                    self.now = put(self.now, path, values[0])
+                for e, name in enumerate(names):
+                    module = (self.prefix + name).removesuffix(".weight")
+                    self.result.quantized[module] = fit.quantized[e].to("cpu")
+                    self.result.records[module] = fit.records[e]
+
+    def _output(self, phase: str, seam: Seam, stage: Stage, metric_CC: Tensor | None, *, keep: bool = True) -> None:
+        """Quantize the linear map that ends a half layer, the seam's only consumer, and move both streams past it.
+
+        `keep`: store the map's inputs between the two passes rather than compute them again.
+        """
+        (path,) = seam.consumers
+        w_CK, streams = get(self.exact, path), self.streams
+        n, k = w_CK.shape
+        wanted = self.decision(path).spec is not None
+        moments = self.moments(k, n=n)
+        kept = None
+        if keep:
+            kept = Activations(*streams.quantized.shape[:2], k, self.settings.dtype, self.settings.scratch)
+        for start, h, reference in self.batches(phase):
+            x, base = stage(self.now, h)
+            x_star = gap = None
+            if reference is not None:
+                x_star, base_star = stage(self.exact, reference)
+                gap = (base_star.float() - base.float()).flatten(0, 1)
+                streams.reference.write(start, base_star + x_star @ w_CK.T)
+                x_star = x_star.flatten(0, 1)
+            if wanted:
+                moments.add(x.flatten(0, 1), reference_TK=x_star, missing_TN=gap)
+            if kept is not None:
+                kept.write(start, x)
+                streams.quantized.write(start, base)
+        scale = None
+        if wanted:
+            mean, scale = rescale(self, seam, moments.mean())
+            self.fit(seam.consumers, mean, metric_NN=metric_CC)
+        w_CK = get(self.now, path)
+        for start, base, _ in self.batches(phase, reference=False):
+            if kept is None:
+                x, base = stage(self.now, base)  # made with the scale already folded in
+            else:
+                x = kept.read(start, start + base.shape[0]).to(base.device)
+                x = x if scale is None else x / scale.to(x.dtype)
+            streams.quantized.write(start, base + x @ w_CK.T)
+        if kept is not None:
+            kept.close()

@@ -1,0 +1,58 @@
+"""`klquant eval MODEL`: how far a checkpoint is from its reference, on text."""
+
+import json
+import sys
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from klquant.evaluate.options import DtypeName, EvalOptions, StoreKind
+
+_DEFAULT = EvalOptions()
+
+
+@click.command("eval")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), help="The 16-bit checkpoint to compare with.")
+@click.option("--data", multiple=True, default=(_DEFAULT.data,), show_default=True,
+              help="Text files, folders of them, or a mix; each file is a domain. Can be repeated.")  # fmt: skip
+@click.option("--windows", type=click.IntRange(1), default=_DEFAULT.windows, show_default=True,
+              help="Windows a domain.")  # fmt: skip
+@click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, show_default=True,
+              help="Tokens a window.")  # fmt: skip
+@click.option("--device", default=_DEFAULT.device, show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--dtype", type=click.Choice(get_args(DtypeName)), help="Arithmetic.  [default: float32 on a CPU]")
+@click.option("--floor", is_flag=True, help="Also measure what BF16 against FP32 arithmetic alone does.")
+@click.option("--store", type=click.Choice(get_args(StoreKind)),
+              help="How the reference is kept: whole, or top tokens and samples.  [default: by size]")  # fmt: skip
+@click.option("--reference-cache", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Where the reference pass is kept for other variants.  [default: beside the result]")  # fmt: skip
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The result, a JSON file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result instead of a table.")
+def command(
+    model: Path, against: Path | None, data: tuple[str, ...], windows: int, window: int, device: str,
+    dtype: DtypeName | None, floor: bool, store: StoreKind | None, reference_cache: Path | None, out: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Score MODEL on text: its divergence from the checkpoint --against, perplexity, where it differs, and its size.
+
+    MODEL is in 16 bits or quantized. The reference runs once for all its variants, layer by layer if it does not fit.
+    The same command again goes on where it was stopped.
+    """
+    from klquant.cli.eval_table import Bar, print_result
+    from klquant.evaluate.run import evaluate
+    from klquant.pipeline.run import pick_device
+
+    if floor and against is None:
+        raise click.UsageError("--floor needs --against")
+    options = EvalOptions(
+        data=",".join(data), windows=windows, window=window, device=str(pick_device(device)), dtype=dtype, store=store,
+        reference_cache=reference_cache, floor=floor, command=("klquant", *sys.argv[1:]),
+    )  # fmt: skip
+    with Bar() as bar:
+        result = evaluate(model, against, out, options, bar)
+    if as_json:
+        click.echo(json.dumps(result.model_dump(mode="json"), indent=1))
+    else:
+        print_result(result, out)

@@ -1,0 +1,65 @@
+"""`klquant`: the group of commands, and what happens to errors.
+
+A command's module is imported when the command runs, so that `--help` and `--version` answer at once.
+"""
+
+import importlib
+
+import click
+
+import klquant
+from klquant.errors import UserError
+
+# name → (module that defines `command`, one line for --help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "plan": ("klquant.cli.plan", "Show what a recipe does to each tensor, what it costs and what it needs to run."),
+    "quantize": ("klquant.cli.quantize", "Quantize a checkpoint, layer by layer; can be stopped and resumed."),
+    "eval": ("klquant.cli.eval", "Score a checkpoint on text against its reference."),
+    "report": ("klquant.cli.report", "Compare results of eval in one page: size, quality, where it errs."),
+    "sweep": ("klquant.cli.sweep", "Quantize by several recipes, evaluate and report in one go."),
+    "inspect": ("klquant.cli.inspect", "Show what a checkpoint stores how, and where the error is."),
+    "verify": ("klquant.cli.verify", "Check that a checkpoint is whole: exit code 0, or 1 and a list of problems."),
+}
+
+
+class Failure(click.ClickException):
+    """One line on stderr and an exit code; no traceback."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def show(self, file=None) -> None:
+        click.echo(f"klquant: {' '.join(self.message.splitlines())}", err=True)
+
+
+class Commands(click.Group):
+    """A group that imports a command when it is used, and turns what a user can mend into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return importlib.import_module(COMMANDS[name][0]).command if name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except UserError as e:
+            raise Failure(f"error: {e}", 2) from e
+        except KeyboardInterrupt as e:
+            raise Failure("interrupted", 130) from e
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(klquant.__version__, "--version", prog_name="klquant", message="%(prog)s %(version)s")
+def main() -> None:
+    """Quantize Kimi-Linear checkpoints to INT8, INT4 or INT3, and say what it cost."""
+
+
+if __name__ == "__main__":
+    main(prog_name="klquant")

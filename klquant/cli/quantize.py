@@ -1,0 +1,127 @@
+"""`klquant quantize MODEL -o OUT`: the main job, watched, and gone on with after it was stopped."""
+
+import shutil
+from pathlib import Path
+
+import click
+from pydantic import ValidationError
+
+from klquant.cli.main import Failure
+from klquant.cli.spell import Size
+from klquant.errors import UserError
+from klquant.recipe.schema import DEFAULT_RECIPE, CalibrationParams, Recipe, load_recipe
+from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
+
+
+@click.command("quantize")
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty.")
+@click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help="A built-in recipe's name or a .yaml file.")
+@click.option(
+    "--calib",
+    multiple=True,
+    metavar="MIX|FILE",
+    help="Calibration text: a mix (default, tiny), self (sampled from the model itself), a .txt, .jsonl or "
+    ".parquet file, or a folder of them; several if given several times.  [default: the recipe's]",
+)
+@click.option(
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    default=DEFAULT_TARGET,
+    show_default=True,
+    help="The engine that will load the result.",
+)
+@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@click.option("--max-shard-size", type=Size(), help="Largest output file.  [default: 5GB]")
+@click.option(
+    "--calib-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Calibrate on exactly N tokens.  [default: the recipe's, more where experts get few]",
+)
+@click.option(
+    "--window", type=click.IntRange(min=2), metavar="N", help="Tokens in a calibration window.  [default: the recipe's]"
+)
+def command(
+    model: str, out: Path, recipe: str, calib: tuple[str, ...], target: str, device: str | None, resume: bool,
+    max_shard_size: int | None, calib_tokens: int | None, window: int | None,
+) -> None:  # fmt: skip
+    """Quantize MODEL, a checkpoint folder or a hub id (owner/name), into a new folder.
+
+    Work goes layer by layer and lies in OUT.unfinished meanwhile. However it was stopped, the same command with
+    --resume goes on from the last finished layer and ends with the same bytes.
+    """
+    chosen = _with_calibration(load_recipe(recipe), calib_tokens, window)
+    if resume and (out / "klquant.json").exists():
+        raise UserError(f"{out}: is finished already; `klquant verify {out}` tells whether it is whole")
+
+    import torch
+
+    from klquant.checkpoint.hub import resolve_model
+    from klquant.checkpoint.reader import CheckpointReader
+    from klquant.pipeline.run import SHARD_BYTES, RunOptions, check_model, pick_device
+    from klquant.recipe.plan import make_plan
+
+    options = RunOptions(
+        calib=",".join(calib) or None,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        resume=resume,
+        shard_bytes=max_shard_size or SHARD_BYTES,
+    )
+    pick_device(options.device)
+    reader = CheckpointReader.open(resolve_model(model, weights=True))
+    check_model(reader)
+    plan = make_plan(chosen, reader.config, {name: (i.dtype, i.shape) for name, i in reader.tensors.items()}, target)
+    _run(model, reader, plan, out, options)
+
+
+def _run(model: str, reader, plan, out: Path, options) -> None:
+    from klquant.cli.live import watcher
+    from klquant.cli.pace import Work
+    from klquant.cli.render import console
+    from klquant.cli.summary import print_after, print_before
+    from klquant.pipeline.journal import Journal
+    from klquant.pipeline.run import quantize
+    from klquant.pipeline.units import units_of
+
+    with Journal(out) as journal:
+        journal.find(options.resume)
+        _require_room(journal.folder, plan.part().bytes_after)
+    screen = console()
+    print_before(screen, model, plan, out, options)
+    works = {name: Work.of(decisions) for name, decisions in units_of(plan).items()}
+    try:
+        with watcher(screen, works) as shown:
+            provenance = quantize(reader, plan, out, options, shown)
+    except KeyboardInterrupt:
+        kept = "the same command with --resume goes on" if journal.folder.exists() else "nothing was written"
+        raise Failure(f"interrupted: {kept}", 130) from None
+    print_after(screen, model, plan, out, provenance, shown.pace.gone)
+
+
+def _with_calibration(recipe: Recipe, tokens: int | None, window: int | None) -> Recipe:
+    """The recipe with what the command line says of its calibration. A number of tokens asked for is kept to."""
+    changes = {} if window is None else {"window": window}
+    if tokens is not None:
+        changes |= {"tokens": tokens, "max_tokens": tokens, "min_expert_tokens": 0}
+    try:
+        params = CalibrationParams(**recipe.calibration.model_dump() | changes)
+    except ValidationError:
+        old = recipe.calibration
+        raise UserError(
+            f"a calibration window of {window or old.window} tokens is longer than the {tokens or old.tokens} tokens "
+            "to calibrate on; give more with --calib-tokens, or a shorter --window"
+        ) from None
+    return recipe.model_copy(update={"calibration": params})
+
+
+def _require_room(folder: Path, need: int) -> None:
+    """Raises UserError where the result cannot fit the disk. What an unfinished run has written counts as room."""
+    home = next(parent for parent in folder.absolute().parents if parent.exists())
+    have = shutil.disk_usage(home).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if have < need:
+        raise UserError(
+            f"{home}: the result takes {need / 1e9:.1f} GB, but only {have / 1e9:.1f} GB are free; "
+            "free disk space or choose another output"
+        )

@@ -1,0 +1,67 @@
+"""Durations, errors, names and sizes as the commands print them."""
+
+import re
+from math import floor, log10
+
+import click
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
+_PREFIX = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, 4 min 02 s, 1 h 20 min."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60:,} h {minutes % 60:02} min"
+
+
+def about(seconds: float) -> str:
+    """A guess: no more digits than it deserves. 40 s, 4 min, 1 h 20 min."""
+    if seconds < 95:
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02} min"
+
+
+def percent(share: float) -> str:
+    """Three digits, but no more than five decimals: 0.523 %, 0.00213 %, 0.00074 %."""
+    value = 100 * share
+    if value and value < 1e-5:
+        return "<0.00001 %"
+    decimals = min(5, max(0, 2 - floor(log10(value)))) if value else 0
+    return f"{value:.{decimals}f} %"
+
+
+def place(module: str) -> tuple[str, str]:
+    """A module's layer and its name in there: ("layer 3", "experts.5.w2"); ("", "lm_head") outside the layers."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn\.|block_sparse_moe\.)?(.+)", module)
+    return (f"layer {match[1]}", match[2]) if match else ("", module)
+
+
+def some(items: list[str], most: int = 4) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+class Size(click.ParamType):
+    """Bytes as people write them: 5GB, 500 MB, 2GiB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value.strip())
+        if match is None:
+            self.fail(f"{value!r} is not a size; write 5GB, 500MB or 2GiB", param, ctx)
+        unit = match[2].lower().removesuffix("b")
+        base = 1024 if unit.endswith("i") else 1000
+        size = int(float(match[1]) * base ** _PREFIX[unit.removesuffix("i")])
+        if size < 1:
+            self.fail("a size must be at least one byte", param, ctx)
+        return size

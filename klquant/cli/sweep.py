@@ -1,0 +1,211 @@
+"""`klquant sweep MODEL --recipes …`: quantize, evaluate and report in one go; what is finished is not done again."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from klquant.cli.main import Failure
+from klquant.cli.quantize import _with_calibration
+from klquant.cli.report import require_plots, write_report
+from klquant.errors import UserError
+from klquant.evaluate.options import DtypeName, EvalOptions
+from klquant.recipe.schema import Recipe, load_recipe
+from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
+
+if TYPE_CHECKING:
+    from klquant.checkpoint.reader import CheckpointReader
+    from klquant.evaluate.result import Result
+    from klquant.pipeline.run import RunOptions
+    from klquant.recipe.plan import Plan
+
+_EVAL = EvalOptions()
+DEFAULT_RECIPES = "int8,int4,int3"
+SETTINGS = "sweep.json"
+CACHE = "reference-cache"
+MODELS, RESULTS = "models", "results"
+
+
+@click.command("sweep")
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder for checkpoints, results and the report.")  # fmt: skip
+@click.option("--recipes", default=DEFAULT_RECIPES, show_default=True, help="Built-in names or .yaml files.")
+@click.option("--target", type=click.Choice(list(TARGETS)), default=DEFAULT_TARGET, show_default=True,
+              help="The engine that will load the results.")  # fmt: skip
+@click.option("--calib", multiple=True, metavar="MIX|FILE", help="Calibration text.  [default: each recipe's]")
+@click.option("--calib-tokens", type=click.IntRange(min=1), metavar="N",
+              help="Calibrate on exactly N tokens.  [default: each recipe's]")  # fmt: skip
+@click.option("--calib-window", type=click.IntRange(min=2), metavar="N",
+              help="Tokens in a calibration window.  [default: each recipe's]")  # fmt: skip
+@click.option("--data", multiple=True, default=(_EVAL.data,), show_default=True,
+              help="Evaluation text: files, folders of them, or a mix; each file is a domain.")  # fmt: skip
+@click.option("--windows", type=click.IntRange(1), default=_EVAL.windows, show_default=True, help="Windows a domain.")
+@click.option("--window", type=click.IntRange(2), default=_EVAL.window, show_default=True,
+              help="Tokens an evaluated window.")  # fmt: skip
+@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option("--dtype", type=click.Choice(get_args(DtypeName)), help="Evaluation's arithmetic.  [default: by device]")
+def command(
+    model: str, out: Path, recipes: str, target: str, calib: tuple[str, ...], calib_tokens: int | None,
+    calib_window: int | None, data: tuple[str, ...], windows: int, window: int, device: str | None,
+    dtype: DtypeName | None,
+) -> None:  # fmt: skip
+    """Quantize MODEL by each recipe, evaluate every result against MODEL, and report how accuracy trades for size.
+
+    The reference runs once. The same command goes on where it was stopped, and with more recipes adds to what is there.
+    """
+    require_plots()
+    chosen = [_with_calibration(recipe, calib_tokens, calib_window) for recipe in _recipes(recipes)]
+    import torch
+
+    from klquant.checkpoint.hub import resolve_model
+    from klquant.checkpoint.reader import CheckpointReader
+    from klquant.pipeline.run import RunOptions, check_model, pick_device
+    from klquant.recipe.plan import make_plan
+
+    where = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = resolve_model(model, weights=True)
+    reader = CheckpointReader.open(folder)
+    check_model(reader)
+    shapes = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
+    plans = [make_plan(recipe, reader.config, shapes, target) for recipe in chosen]
+    sweep = Sweep(
+        folder, reader, out, RunOptions(calib=",".join(calib) or None, device=str(where), resume=True),
+        EvalOptions(data=",".join(data), windows=windows, window=window, device=str(where), dtype=dtype, floor=True,
+                    reference_cache=out / CACHE, command=("klquant", *sys.argv[1:])),
+    )  # fmt: skip
+    try:
+        sweep.run(plans)
+    except KeyboardInterrupt:
+        raise Failure("interrupted: the same command goes on", 130) from None
+
+
+def _recipes(names: str) -> list[Recipe]:
+    chosen = [load_recipe(name.strip()) for name in names.split(",") if name.strip()]
+    doubles = sorted({r.name for r in chosen if sum(other.name == r.name for other in chosen) > 1})
+    if doubles or not chosen:
+        raise UserError(f"--recipes: {doubles[0]!r} comes twice" if doubles else "--recipes names no recipe")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Variants of the checkpoint `reader` in the folder `out`: checkpoints and results by recipe."""
+
+    model: Path
+    reader: "CheckpointReader"
+    out: Path
+    making: "RunOptions"
+    judging: EvalOptions
+
+    def run(self, plans: list["Plan"]) -> None:
+        from klquant.cli.render import console
+        from klquant.report.comparison import Comparison
+
+        self._claim()
+        self._require_room(plans)
+        screen, results = console(), []
+        for number, plan in enumerate(plans, 1):
+            screen.rule(f"{plan.recipe.name}, {number} of {len(plans)}", align="left", style="dim")
+            self._make(plan, screen)
+            results.append((str(self._result(plan)), self._judge(plan)))
+            screen.print(_line(results[-1][1]))
+        screen.rule("report", align="left", style="dim")
+        comparison = Comparison.of(results)
+        for form, name in ((None, "report.html"), ("md", "report.md"), ("json", "report.json")):
+            write_report(comparison, self.out / name, form)
+            screen.print(str(self.out / name), soft_wrap=True)
+
+    def _make(self, plan: "Plan", screen) -> None:
+        from klquant.cli.live import watcher
+        from klquant.cli.pace import Work
+        from klquant.evaluate.quantization import read_provenance
+        from klquant.pipeline.run import quantize
+        from klquant.pipeline.units import units_of
+
+        folder = self._folder(plan)
+        if (provenance := read_provenance(folder)) is not None:
+            purpose = provenance.get("purpose") or {}
+            if (purpose.get("plan"), purpose.get("weights")) != (plan.digest(), self.reader.fingerprint()):
+                raise UserError(f"{folder}: made by another recipe, target or from other weights; delete it or move it")
+            screen.print("quantized already")
+            return
+        works = {name: Work.of(decisions) for name, decisions in units_of(plan).items()}
+        with watcher(screen, works) as shown:
+            quantize(self.reader, plan, folder, self.making, shown)
+
+    def _judge(self, plan: "Plan") -> "Result":
+        from klquant.checkpoint.quantized import QuantizedReader
+        from klquant.cli.eval_table import Bar
+        from klquant.evaluate.result import load_result
+        from klquant.evaluate.run import evaluate
+
+        folder, file = self._folder(plan), self._result(plan)
+        try:
+            found = load_result(file)
+        except UserError:  # not there yet, or another version's: made again
+            found = None
+        if found is not None and found.model.fingerprint == QuantizedReader.open(folder).files.fingerprint():
+            return found
+        with Bar() as bar:
+            return evaluate(folder, self.model, file, self.judging, bar)
+
+    def _claim(self) -> None:
+        """Make the folder, or find it as it was left. Raises UserError when it is another sweep's."""
+        from klquant.checkpoint.writer import write_json
+
+        ours = {
+            "weights": self.reader.fingerprint(), "calib": self.making.calib, "data": self.judging.data,
+            "windows": self.judging.windows, "window": self.judging.window, "dtype": self.judging.dtype,
+            "device": self.making.device.partition(":")[0],
+        }  # fmt: skip
+        file = self.out / SETTINGS
+        try:
+            for part in (MODELS, RESULTS):
+                (self.out / part).mkdir(parents=True, exist_ok=True)
+            theirs = json.loads(file.read_text()) if file.exists() else ours
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: {error}; choose another folder") from None
+        changed = [key for key in ours if theirs.get(key) != ours[key]]
+        if changed:
+            raise UserError(
+                f"{self.out}: a sweep with other {', '.join(changed)} is there; repeat it so, or choose another folder"
+            )
+        write_json(file, ours)
+
+    def _require_room(self, plans: Iterable["Plan"]) -> None:
+        todo = [plan for plan in plans if not self._folder(plan).exists()]
+        need = sum(plan.part().bytes_after for plan in todo)
+        done = sum(f.stat().st_size for plan in todo for f in self._unfinished(plan).rglob("*") if f.is_file())
+        have = shutil.disk_usage(self.out).free + done
+        if have < need:
+            raise UserError(
+                f"{self.out}: the {len(todo)} variants to make take {need / 1e9:.1f} GB, but only {have / 1e9:.1f} GB "
+                "are free; free disk space or sweep fewer recipes"
+            )
+
+    def _folder(self, plan: "Plan") -> Path:
+        return self.out / MODELS / plan.recipe.name
+
+    def _unfinished(self, plan: "Plan") -> Path:
+        from klquant.pipeline.journal import Journal
+
+        return Journal(self._folder(plan)).folder
+
+    def _result(self, plan: "Plan") -> Path:
+        return self.out / RESULTS / f"{plan.recipe.name}.json"
+
+
+def _line(result: "Result") -> str:
+    from klquant.cli.render import decimal
+
+    q, size = result.overall, result.model.size
+    return (
+        f"{decimal(size.disk)}, {size.bits.whole:.2f} bits a weight; KLD {q.kld.mean:.4f}, "
+        f"top token the same in {q.top1.mean:.1%}, perplexity {100 * (q.perplexity_ratio.mean - 1):+.2f} %"
+    )

@@ -1,0 +1,38 @@
+"""`klquant verify OUT`: read all of a checkpoint and say whether it is whole."""
+
+from pathlib import Path
+
+import click
+
+from klquant.cli.main import Failure
+from klquant.errors import UserError
+
+
+@click.command("verify")
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+def command(folder: Path) -> None:
+    """Check a checkpoint, quantized or not: every tensor there once, shapes, finite values, positive scales, hashes of
+    the files, a config that fits.
+
+    Exit code 0 and one line when it is good; 1 and a line for each problem when it is not.
+    """
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        hint = f"; {unfinished} is a run to go on with: klquant quantize … --resume" if unfinished.is_dir() else ""
+        raise UserError(f"{folder}: no such folder{hint}")
+
+    from klquant.checkpoint.reader import CheckpointReader
+    from klquant.checkpoint.verify import PROVENANCE, verify
+    from klquant.cli.render import console, decimal
+
+    with console().status("reading every tensor"):
+        problems = verify(folder)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise Failure(f"{folder}: {len(problems):,} problem{'s' * (len(problems) > 1)}", 1)
+    tensors = CheckpointReader.open(folder).tensors
+    files = len({info.shard for info in tensors.values()})
+    hashes = "the files are as they were written" if (folder / PROVENANCE).exists() else "no hashes to compare with"
+    size = decimal(sum(info.nbytes for info in tensors.values()))
+    click.echo(f"{folder}: good: {len(tensors):,} tensors, {files} file{'s' * (files > 1)}, {size}; {hashes}")

@@ -1,0 +1,49 @@
+"""What the model's own klquant.json says about its making: errors by class and layer, expert tokens, fallbacks."""
+
+from pathlib import Path
+
+from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.index import read_json
+from klquant.checkpoint.names import parse_name
+from klquant.checkpoint.verify import PROVENANCE
+from klquant.errors import UserError
+from klquant.evaluate.result import ErrorRow, Quantization
+
+
+def read_provenance(folder: Path) -> dict | None:
+    """klquant.json of a checkpoint, None where another tool made it."""
+    path = folder / PROVENANCE
+    return read_json(path) if path.exists() else None
+
+
+def quantization(folder: Path, config: KimiLinearConfig) -> Quantization | None:
+    """Raises UserError naming the file when it is not as `klquant quantize` writes it."""
+    raw = read_provenance(folder)
+    if raw is None:
+        return None
+    try:
+        groups: dict[tuple, list[float]] = {}
+        for module, record in raw["tensors"].items():
+            key = parse_name(f"{module}.weight", config)
+            groups.setdefault((key.cls, key.layer, record["measured"]), []).append(record["error"])
+        return Quantization(
+            recipe=raw["recipe"]["name"],
+            target=raw["target"],
+            errors=[
+                ErrorRow(tensor_class=cls, layer=layer, measured=measured, tensors=len(errors),
+                         mean_error=sum(errors) / len(errors), max_error=max(errors))
+                for (cls, layer, measured), errors in groups.items()
+            ],
+            expert_tokens={int(layer): tokens for layer, tokens in raw["expert_tokens"].items()},
+            fallbacks=raw["fallbacks"],
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(
+            f"{folder / PROVENANCE}: not as klquant quantize writes it; what it holds is not in the result"
+        ) from None
+
+
+def calibrated_on(folder: Path) -> set[str]:
+    """Where the calibration text of a checkpoint came from (`Source.origin`)."""
+    text = (read_provenance(folder) or {}).get("calibration") or {}
+    return {source["origin"] for source in text.get("sources", [])}

@@ -1,0 +1,272 @@
+"""The result file of `klquant eval`: strict, versioned, and read back with every doubt spelled out."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from klquant.errors import UserError
+from klquant.evaluate.options import DtypeName, StoreKind
+
+SCHEMA = 1
+
+
+class Part(BaseModel):
+    """Unknown keys are errors; non-finite numbers are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Interval(Part):
+    """A mean over windows and its 95 % bootstrap range, None where a domain has a single window."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Kld(Interval):
+    """KL(reference ‖ model), nats a token, over positions. `store_error`: how far the mean may be off, with 95 %
+    confidence, because of how the reference is stored."""
+
+    median: float
+    p99: float
+    p999: float
+    max: float
+    store_error: float
+
+
+class Quality(Part):
+    """`positions` were compared, `targets` next tokens scored: a window's last position has none. KLD, top-1 agreement
+    and the ratio of perplexities (model ÷ reference) are None without a reference."""
+
+    windows: int
+    positions: int
+    targets: int
+    perplexity: float
+    kld: Kld | None = None
+    top1: Interval | None = None
+    reference_perplexity: float | None = None
+    perplexity_ratio: Interval | None = None
+
+
+class PositionBin(Part):
+    """Mean KLD at positions [start, stop) of the windows."""
+
+    start: int
+    stop: int
+    tokens: int
+    kld: float
+
+
+class LayerDrift(Part):
+    """A layer against the reference's: relative Frobenius difference of its output (every 32nd position) and of the KDA
+    state at a window's end (kept in FP16), and the mean share of a token's experts that the reference chose too.
+
+    `expert_tokens`: tokens each expert of the model got."""
+
+    layer: int
+    attention: Literal["kda", "mla"]
+    stream_error: float | None
+    state_error: float | None
+    router_overlap: float | None
+    expert_tokens: list[int] | None
+
+
+class Bits(Part):
+    """Stored bits a weight, scales and padding included. Always active: all but routed experts and embedding."""
+
+    routed_experts: float
+    always_active: float
+    whole: float
+
+
+class MemoryAt(Part):
+    """Predicted bytes to run one sequence of `context` tokens, and the cards that have them."""
+
+    context: int
+    cache_bits: int
+    embedding_on_cpu: bool
+    weights: int
+    latent_cache: int
+    kda_state: int
+    workspace_estimate: int
+    runtime_estimate: int
+    total: int
+    fits: list[str]
+
+
+class Size(Part):
+    """`disk`: bytes of the safetensors files; `weights`: how many there are."""
+
+    disk: int
+    weights: int
+    bits: Bits
+    memory: list[MemoryAt]
+
+
+class Checkpoint(Part):
+    """`name` as given on the command line; `scheme`: grid → matrices stored so, "kept" for those in 16 bits."""
+
+    name: str
+    fingerprint: str
+    scheme: dict[str, int]
+    size: Size
+
+
+class Arithmetic(Part):
+    """What a pass was computed in, and by which path the KDA layers went."""
+
+    dtype: DtypeName
+    device: Literal["cpu", "cuda"]
+    kda: str
+
+
+class Reference(Part):
+    """What the model is compared with. `store`: how its distributions are kept (klquant/evaluate/store.py)."""
+
+    checkpoint: Checkpoint
+    arithmetic: Arithmetic
+    store: StoreKind
+
+
+class DomainText(Part):
+    name: str
+    origin: str
+    documents: int
+    tokens: int
+    windows: int
+
+
+class Data(Part):
+    """`sha256` covers the token ids of all windows, and so text and tokenizer."""
+
+    spec: str
+    window: int
+    sha256: str
+    domains: list[DomainText]
+
+
+class Floor(Part):
+    """The reference's own weights in another precision, scored by the same code against the same reference: what the
+    arithmetic alone does. Differences of this size say nothing about a quantization."""
+
+    what: str
+    arithmetic: Arithmetic
+    overall: Quality
+    domains: dict[str, Quality]
+    positions: list[PositionBin]
+    layers: list[LayerDrift]
+
+
+class ErrorRow(Part):
+    """Tensors of one class in one layer (None: outside the layers), and their relative squared error at quantization:
+    of the outputs over the calibration text, or of the weights where nothing was calibrated."""
+
+    tensor_class: str
+    layer: int | None
+    measured: Literal["outputs", "weights"]
+    tensors: int
+    mean_error: float
+    max_error: float
+
+
+class Quantization(Part):
+    """What `klquant quantize` noted in the model's klquant.json."""
+
+    recipe: str
+    target: str
+    errors: list[ErrorRow]
+    expert_tokens: dict[int, list[int]]
+    fallbacks: list[str]
+
+
+class Provenance(Part):
+    """Enough to repeat it. `seconds` is the model's own pass in this run, `tokens` what it covered (windows that an
+    earlier, interrupted run had finished are not in it)."""
+
+    command: list[str]
+    versions: dict[str, str]
+    device: str
+    threads: int
+    seconds: float
+    tokens: int
+
+
+class Result(Part):
+    """`klquant eval`'s output."""
+
+    schema_version: Literal[1] = SCHEMA
+    kind: Literal["klquant-eval"] = "klquant-eval"
+    model: Checkpoint
+    arithmetic: Arithmetic
+    reference: Reference | None
+    data: Data
+    overall: Quality
+    domains: dict[str, Quality]
+    positions: list[PositionBin]
+    layers: list[LayerDrift]
+    floor: Floor | None
+    quantization: Quantization | None
+    notes: list[str]
+    provenance: Provenance
+
+
+def load_result(path: Path) -> Result:
+    """Read a result file. Raises UserError, naming the file, when it is missing, cut off, or of another schema."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; klquant eval writes it") from None
+    except ValueError:
+        raise UserError(f"{path}: not whole JSON, perhaps cut off; run klquant eval again") from None
+    if not isinstance(raw, dict) or raw.get("kind") != "klquant-eval":
+        raise UserError(f"{path}: not a result of klquant eval")
+    if raw.get("schema_version") != SCHEMA:
+        raise UserError(
+            f"{path}: result schema {raw.get('schema_version')!r}, this klquant reads {SCHEMA}; run klquant eval again"
+        )
+    try:
+        return Result.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where}: {first['msg']}; run klquant eval again") from None
+
+
+def check_comparable(results: Sequence[tuple[str, Result]]) -> None:
+    """Raises UserError unless the (named) results may stand in one table: same windows, reference and arithmetic."""
+    (first_name, first), *others = results
+    for name, other in others:
+        reason = _difference(first, other)
+        if reason is not None:
+            raise UserError(f"{first_name} and {name} cannot be compared: {reason}")
+
+
+def _difference(a: Result, b: Result) -> str | None:
+    if a.data.window != b.data.window:
+        return f"windows of {a.data.window} and {b.data.window} tokens"
+    windows = [[(d.name, d.windows) for d in r.data.domains] for r in (a, b)]
+    if windows[0] != windows[1]:
+        ours, theirs = (", ".join(f"{name} × {n}" for name, n in w) for w in windows)
+        return f"other windows: {ours} against {theirs}"
+    if a.data.sha256 != b.data.sha256:
+        return "other text or another tokenizer (the windows' token ids differ)"
+    if (a.reference is None) != (b.reference is None):
+        return "one has a reference, the other has none"
+    if a.reference is not None:
+        ours, theirs = a.reference.checkpoint, b.reference.checkpoint
+        if ours.fingerprint != theirs.fingerprint:
+            return f"other references: {ours.name} and {theirs.name} differ in weights"
+        if a.reference.arithmetic != b.reference.arithmetic:
+            return f"references computed in {_spell(a.reference.arithmetic)} and in {_spell(b.reference.arithmetic)}"
+    if a.arithmetic != b.arithmetic:
+        return f"computed in {_spell(a.arithmetic)} and in {_spell(b.arithmetic)}"
+    return None
+
+
+def _spell(x: Arithmetic) -> str:
+    return f"{x.dtype} on {x.device} ({x.kda})"

@@ -1,0 +1,133 @@
+"""The whole evaluation: text, reference pass (once), model pass, figures, the result file."""
+
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import klquant
+from klquant.calibrate.tokenizer import Tokenizer, load_tokenizer
+from klquant.checkpoint.quantized import QuantizedReader
+from klquant.checkpoint.writer import write_json
+from klquant.errors import UserError
+from klquant.evaluate.options import EvalOptions, Silent, StoreKind, Watcher
+from klquant.evaluate.passes import Passes
+from klquant.evaluate.quantization import calibrated_on, quantization
+from klquant.evaluate.result import Data, DomainText, Provenance, Quantization, Reference, Result
+from klquant.evaluate.size import describe
+from klquant.evaluate.text import EvalText, eval_text
+from klquant.evaluate.windows import WindowFolder
+
+CACHE = "reference-cache"
+UNFINISHED = ".unfinished"
+# Whole distributions of the reference are kept while they take no more bytes than this.
+FULL_BYTES = 4_000_000_000
+
+
+def evaluate(
+    model: Path, against: Path | None, out: Path, options: EvalOptions, watcher: Watcher | None = None
+) -> Result:
+    """Evaluate the checkpoint `model` against the checkpoint `against` and write the result to the file `out`.
+
+    Raises UserError for what the user can mend; finished windows then wait beside `out` for the next call.
+    """
+    watcher = watcher or Silent()
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"{out}: not a file in a folder that exists; choose another output")
+    ours = _open(model)
+    theirs = None if against is None else _open(against)
+    text = _text(ours, theirs, options)
+    made, notes = _made(ours)
+    notes = [*text.notes, *notes, *_overlap(model, text)]
+    for note in notes:
+        watcher.note(note)
+    device = torch.device(options.device)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    store = options.store or _affordable(text, ours)
+    passes = Passes(text, device, dtype, store, watcher)
+    checkpoint, arithmetic = describe(ours, str(model)), passes.arithmetic(dtype)
+    reference = cache = floor = None
+    if theirs is not None:
+        reference = Reference(checkpoint=describe(theirs, str(against)), arithmetic=arithmetic, store=store)
+        cache = passes.reference(theirs, reference, options.reference_cache or out.parent / CACHE)
+        floor = passes.floor(theirs, reference, cache) if options.floor else None
+    purpose = passes.purpose(checkpoint.fingerprint, dtype) | {"reference": cache and cache.folder.name}
+    journal = WindowFolder.open(out.with_name(out.name + UNFINISHED), purpose)
+    scored = passes.compare(ours, dtype, cache, journal, "model")
+    result = Result(
+        model=checkpoint,
+        arithmetic=arithmetic,
+        reference=reference,
+        data=Data(spec=options.data, window=options.window, sha256=text.sha256,
+                  domains=[DomainText(**asdict(d)) for d in text.domains]),
+        **passes.figures(scored, ours),
+        floor=floor,
+        quantization=made,
+        notes=notes,
+        provenance=Provenance(
+            command=list(options.command), versions=_versions(), device=_device_name(device),
+            threads=torch.get_num_threads(), seconds=scored.seconds, tokens=scored.tokens,
+        ),
+    )  # fmt: skip
+    write_json(out, result.model_dump(mode="json"))
+    journal.remove()
+    return result
+
+
+def _open(folder: Path) -> QuantizedReader:
+    reader = QuantizedReader.open(folder)
+    reader.check_complete()
+    return reader
+
+
+def _text(ours: QuantizedReader, theirs: QuantizedReader | None, options: EvalOptions) -> EvalText:
+    """The windows, cut by the reference's tokenizer. Raises UserError where the model's would cut others."""
+    reader = theirs or ours
+    if ours.config.vocab_size != reader.config.vocab_size:
+        raise UserError(
+            f"{ours.files.folder}: vocabulary of {ours.config.vocab_size}, but {reader.files.folder} has "
+            f"{reader.config.vocab_size}; the reference must be the model that was quantized"
+        )
+    tokenizer = load_tokenizer(reader.files.folder)
+    tokenizer.require_fits(reader.config)
+    text = _cut(tokenizer, options)
+    own = ours.files.folder / tokenizer.file.name
+    differs = own.exists() and own.read_bytes() != tokenizer.file.read_bytes()
+    if differs and _cut(load_tokenizer(ours.files.folder), options).sha256 != text.sha256:
+        raise UserError(f"{own}: cuts the text into other tokens than {tokenizer.file}; copy that one over")
+    return text
+
+
+def _cut(tokenizer: Tokenizer, options: EvalOptions) -> EvalText:
+    return eval_text(options.data, tokenizer, windows=options.windows, window=options.window)
+
+
+def _made(reader: QuantizedReader) -> tuple[Quantization | None, list[str]]:
+    """How the model was quantized, and a note where its record cannot be read."""
+    try:
+        return quantization(reader.files.folder, reader.config), []
+    except UserError as error:
+        return None, [str(error)]
+
+
+def _affordable(text: EvalText, reader: QuantizedReader) -> StoreKind:
+    return "full" if text.ids_WS.numel() * reader.config.vocab_size * 2 <= FULL_BYTES else "topk"
+
+
+def _overlap(model: Path, text: EvalText) -> list[str]:
+    shared = calibrated_on(model) & {d.origin for d in text.domains}
+    return [f"the model was calibrated on text it is evaluated on: {origin}" for origin in sorted(shared)]
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "safetensors", "compressed-tensors", "tokenizers", "tiktoken")
+    return {"klquant": klquant.__version__, "python": platform.python_version(), **{n: version(n) for n in names}}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores"

@@ -1,0 +1,157 @@
+"""Push windows through a model layer by layer and note what each layer leaves behind.
+
+A model that fits the device stays there, and windows pass one batch after the other. A larger one is read once a round
+of windows, one layer in memory at a time, so that 98 GB run on a 24 GB card.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.names import expected_tensors
+from klquant.checkpoint.quantized import QuantizedReader
+from klquant.checkpoint.reader import is_finite
+from klquant.core.memory import free_memory
+from klquant.errors import UserError
+from klquant.model.block import attend, mlp_inputs
+from klquant.model.forward import EMBEDDING, Head
+from klquant.model.kda import KDAState
+from klquant.model.moe import experts, mlp, route
+from klquant.model.weights import LayerWeights, MoEWeights
+
+# A model stays in memory when its weights take no more than this share of what is free.
+RESIDENT_SHARE = 0.4
+# Tokens on the device at once. Fixed for a kind of device, so that a resumed run computes what an unbroken one does.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+# Tokens that share one reading of a model that does not stay.
+ROUND_TOKENS = 65_536
+# Every how many positions the residual stream is kept for comparison.
+STRIDE = 32
+
+
+@dataclass
+class Trace:
+    """A batch of windows after the last layer; all tensors on the CPU.
+
+    hidden [B, S, C]: the residual stream. stream: a layer's output at `sampled_positions`, [B, P, C] each. experts: a
+    MoE layer's choices, int16 [B, S, R] each. states: a KDA layer's state after the window, FP16 [B, H, D, D] each.
+    """
+
+    windows: list[int]
+    hidden: Tensor
+    stream: list[Tensor] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+
+
+def sampled_positions(length: int) -> slice:
+    """Every STRIDE-th position of a window, the last one among them."""
+    return slice((length - 1) % STRIDE, length, STRIDE)
+
+
+@dataclass(frozen=True)
+class DeviceSource:
+    """Weights of a checkpoint, dequantized on the device: on a GPU that takes no time beside reading them."""
+
+    reader: QuantizedReader
+    device: torch.device
+
+    @property
+    def config(self) -> KimiLinearConfig:
+        return self.reader.config
+
+    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        module = name.removesuffix(".weight")
+        if self.reader.spec(module) is None:
+            return self.reader.weight(name, dtype)
+        weight = self.reader.quantized(module).to(self.device)
+        return weight.decode(weight.scale.dtype).to(dtype)
+
+
+class Runner:
+    """Runs one checkpoint in `dtype` on `device`."""
+
+    def __init__(self, reader: QuantizedReader, dtype: torch.dtype, device: torch.device) -> None:
+        self.reader, self.dtype, self.device = reader, dtype, device
+        self.config, self.source = reader.config, DeviceSource(reader, device)
+        weights = sum(torch.Size(shape).numel() for shape in expected_tensors(self.config).values())
+        self.resident = weights * dtype.itemsize <= RESIDENT_SHARE * free_memory(device)
+        self._layers: dict[int, LayerWeights] = {}
+        self._head: Head | None = None
+        self._embedding: Tensor | None = None
+
+    @property
+    def head(self) -> Head:
+        if self._head is None:
+            self._head = Head.load(self.source, self.dtype, self.device)
+        return self._head
+
+    def layer(self, layer: int) -> LayerWeights:
+        if layer in self._layers:
+            return self._layers[layer]
+        w = LayerWeights.load(self.source, layer, self.dtype, self.device)
+        if self.resident:
+            self._layers[layer] = w
+        return w
+
+    def batches(self, ids_WS: Tensor) -> list[list[int]]:
+        """All windows in the groups that are always computed together."""
+        size = max(1, BATCH_TOKENS[self.device.type] // ids_WS.shape[1])
+        return [list(range(s, min(s + size, len(ids_WS)))) for s in range(0, len(ids_WS), size)]
+
+    @torch.no_grad()
+    def run(
+        self, ids_WS: Tensor, batches: Sequence[list[int]], step: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[Trace]:
+        """A trace for each of `batches`. `step` hears of every batch that passed a layer, with its tokens.
+
+        Raises UserError naming the layer behind which a value is NaN or infinite for the first time.
+        """
+        a_round = 1 if self.resident else max(1, ROUND_TOKENS // (len(batches[0]) * ids_WS.shape[1]))
+        for start in range(0, len(batches), a_round):
+            traces = [Trace(b, self._embed(ids_WS[b])) for b in batches[start : start + a_round]]
+            for layer in range(self.config.num_layers):
+                w = self.layer(layer)
+                for trace in traces:
+                    self._pass(w, layer, trace)
+                    step(trace.hidden.shape[0] * trace.hidden.shape[1])
+                del w  # before the next layer is read
+            yield from traces
+
+    def _embed(self, ids_BS: Tensor) -> Tensor:
+        if self._embedding is None:
+            self._embedding = self.reader.weight(EMBEDDING, self.dtype)
+        return F.embedding(ids_BS, self._embedding)
+
+    def _pass(self, w: LayerWeights, layer: int, trace: Trace) -> None:
+        """One batch through one layer."""
+        cfg, h = self.config, trace.hidden.to(self.device)
+        state = None if cfg.is_mla(layer) else KDAState.zeros(cfg, h.shape[0], self.dtype, self.device)
+        h = attend(cfg, w, h, state)
+        x_TC = mlp_inputs(cfg, w, h)
+        if isinstance(w.mlp, MoEWeights):
+            weight_TR, expert_TR = route(cfg, w.mlp, x_TC)
+            y_TC = experts(cfg, w.mlp, x_TC, weight_TR, expert_TR) + mlp(w.mlp.shared, x_TC)
+            trace.experts.append(expert_TR.to("cpu", torch.int16).unflatten(0, h.shape[:2]))
+        else:
+            y_TC = mlp(w.mlp, x_TC)
+        h = h + y_TC.view_as(h)
+        if not is_finite(h):
+            raise UserError(
+                f"{self.reader.files.folder}: NaN or infinite values first appear in the output of layer {layer} "
+                f"({'MLA' if cfg.is_mla(layer) else 'KDA'}, counted from 0; {_where(h, trace.windows)}); "
+                "the weights of this layer or of one before it are not usable"
+            )
+        if state is not None:
+            trace.states.append(state.s.to("cpu", torch.float16))
+        trace.hidden = h.cpu()
+        trace.stream.append(trace.hidden[:, sampled_positions(h.shape[1])].clone())
+
+
+def _where(h_BSC: Tensor, windows: list[int]) -> str:
+    bad = (~torch.isfinite(h_BSC)).any(-1).nonzero()[0].tolist()
+    return f"window {windows[bad[0]]}, position {bad[1]}"

@@ -1,0 +1,28 @@
+"""Quantized linear maps and experts on a GPU, each beside a plain torch reference.
+
+    bricks.py     Triton: packed words → exact codes → tiles of outputs; what every kernel here is made of
+    linear/       layout (how a weight lies in memory), tiles (which tile a shape gets), triton, reference,
+                  dispatch (QuantLinear, QuantMLP: what the model holds instead of tensors)
+    moe/          router, grouping (routes sorted by expert), triton, tiles, reference, dispatch (QuantExperts)
+
+**Bytes.** At batch 1 a step of the 48B is reading 2.5 GB of weights once; arithmetic does not matter until some hundred
+tokens share a weight. So the layout is made for reading: a weight is repacked once at load into 1 KiB bricks of 16 rows
+(`linear.layout`) which one warp fetches with 16-byte asynchronous copies; each byte is fetched once, codes stay packed
+until they are in registers, a scale is read once for 128 inputs.
+
+**Instructions.** On a card with 4 TB/s four-bit codes arrive faster than an FP32 GEMV can convert and multiply them, so
+all products, batch 1 included, run on tensor cores with the weight as the left operand and the tokens padded to 8.
+Which inputs a word holds is chosen so that `(word >> 4i) & 0x000F000F | magic` is two neighbours of that operand: one
+shift, one `lop3`, one `fma` for two codes, no shuffles and no transposes, the same for `mma` and for Hopper's `wgmma`.
+
+**Precision.** Codes are exact integers in BF16 and FP16 and the scale multiplies FP32 sums of its group. The result is
+closer to FP64 than the product with dequantized BF16 weights. No float atomics: a result has the same bits every time.
+
+**Launches.** A linear map is one, an MLP two (gate, up and SiLU in the first), a layer of experts for few tokens two,
+shared expert included, and for many tokens four (group, gate·up, down, combine) plus two for the shared expert. Nothing
+asks the host, nothing is tuned at first use: all of it can be captured in a CUDA graph, with grids that depend on the
+number of tokens only. Tiles come from a table and fit the 99 KiB of shared memory of sm86 and sm89 everywhere.
+
+16-bit weights go through the same kernels (a word is a BF16 value), for checkpoints that keep some matrices or all.
+Importing this package imports neither Triton nor a kernel.
+"""

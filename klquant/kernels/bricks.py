@@ -1,0 +1,200 @@
+"""Bricks in Triton: words to exact codes, and a tile of outputs accumulated brick by brick.
+
+A tile is BN rows of a weight times BM tokens, [BN, BM] FP32: the weight is the left operand, unpacked in registers.
+  narrow (SPLIT > 1): few tokens. SPLIT warps each take every SPLIT-th brick of the same rows, [SPLIT, BN, BM], and are
+    summed at the end: as much of the weight is in flight as a GEMV needs, and the order of the sum is fixed.
+  wide (SPLIT = 1): the warps share the rows; on Hopper the product is `wgmma` with the weight in registers.
+Codes enter the product as exact integers and the scale multiplies FP32 sums of a group: the only roundings are those of
+the activations and of FP32. Tokens are the minor side, 8 at least: a product with one token costs 8, and is still fewer
+instructions a weight than unpacking to FP32 for FMAs.
+"""
+
+import triton
+import triton.language as tl
+
+ROWS = tl.constexpr(16)
+CHUNK = tl.constexpr(32)
+BRICK = tl.constexpr(512)  # words
+_AND_OR = "0xEA"  # lop3: (a & b) | c
+_ANDN_OR = "0xAE"  # lop3: (~a & b) | c
+_AND_XOR = "0x6A"  # lop3: (a & b) ^ c
+
+
+@triton.constexpr_function
+def fields(bits):
+    """Codes a word holds: klquant.kernels.linear.layout.FIELDS."""
+    return {3: 8, 4: 4, 8: 2, 16: 1}[bits]
+
+
+@triton.constexpr_function
+def _twice(bits16):
+    return f"0x{bits16:04X}{bits16:04X}"
+
+
+@triton.constexpr_function
+def _unpack_asm(bits, field, bf16):
+    """PTX from two words ($1; $2: their high bytes, widened) to two codes ($0), exact in BF16 or FP16.
+
+    A 16-bit float of magnitude 2^m, m the mantissa's length, has the integers in its low bits: `or` the code in,
+    subtract 2^m and the code's offset. BF16 has seven such bits, so of a byte code + 128 the low seven go there, and
+    what is subtracted is 128 where the top bit is set and 256 where it is not: one exponent bit apart.
+    """
+    magic, one = (0x4300, 0x3F80) if bf16 else (0x6400, 0x3C00)
+    width = 16 // {3: 8, 4: 4, 8: 2}[bits]
+    lines = [f"shr.u32 a, $1, {width * field};" if field else "mov.b32 a, $1;"]
+    if bits == 8 and bf16:
+        lines += [
+            f"lop3.b32 b, a, {_twice(0x80)}, {_twice(magic)}, {_ANDN_OR};",
+            f"lop3.b32 a, a, {_twice(0x7F)}, {_twice(magic)}, {_AND_OR};",
+            f"fma.rn.bf16x2 $0, b, {_twice(0xBF80)}, a;",
+        ]
+    else:
+        lines += [f"lop3.b32 a, a, {_twice((1 << width) - 1)}, {_twice(magic)}, {_AND_OR};"]
+        if bits == 3:
+            shift = f"shl.b32 b, $2, {2 - field};" if field < 2 else f"shr.u32 b, $2, {field - 2};"
+            lines += [shift, f"lop3.b32 a, b, {_twice(4)}, a, {_AND_OR};"]
+        # 2^m + offset: the offset's bits, as an integer, on top of those of 2^m; negated by the sign bit.
+        minus = 0x8000 | magic | (1 << (bits - 1))
+        lines += [f"fma.rn.{'bf16x2' if bf16 else 'f16x2'} $0, a, {_twice(one)}, {_twice(minus)};"]
+    return "{ .reg .b32 a, b; " + " ".join(_constants(lines)) + " }"
+
+
+@triton.constexpr_function
+def _constants(lines):
+    """`fma` takes no immediates of packed halves: move them to registers."""
+    out, names = [], []
+    for line in lines:
+        if line.startswith("fma"):
+            head, *operands = line.rstrip(";").split(", ")
+            for i, operand in enumerate(operands):
+                if operand.startswith("0x"):
+                    name = f"c{len(names)}"
+                    names.append(f".reg .b32 {name}; mov.b32 {name}, {operand};")
+                    operands[i] = name
+            line = ", ".join([head, *operands]) + ";"
+        out.append(line)
+    return names + out
+
+
+@triton.jit
+def unpack(words, high, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Field FIELD of int16 `words` as exact codes; `high` is int16 (INT3's high bits) or None.
+
+    In DTYPE, or without PTX in FP32: Triton's interpreter has neither inline assembly nor BF16 arithmetic.
+    """
+    if BITS == 16:
+        value = words.to(tl.bfloat16, bitcast=True)
+        return value.to(DTYPE) if PTX else value.to(tl.float32)
+    elif PTX:
+        asm: tl.constexpr = _unpack_asm(BITS, FIELD, tl.bfloat16 == DTYPE)
+        if BITS == 3:
+            bits16 = tl.inline_asm_elementwise(asm, "=r,r,r", [words, high], dtype=tl.int16, is_pure=True, pack=2)
+        else:
+            bits16 = tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+        return bits16.to(DTYPE, bitcast=True)
+    else:
+        width: tl.constexpr = 16 // fields(BITS)
+        code = (words >> (width * FIELD)) & ((1 << width) - 1)
+        if BITS == 3:
+            code = code | (((high >> FIELD) & 1) << width)
+        return (code - (1 << (BITS - 1))).to(tl.float32)
+
+
+@triton.jit
+def _dot(codes, x, x_mask, acc, PTX: tl.constexpr):
+    inputs = tl.load(x, mask=x_mask, other=0.0)
+    return tl.dot(codes, inputs, acc) if PTX else tl.dot(codes, inputs.to(tl.float32), acc)
+
+
+@triton.jit
+def accumulate(
+    acc, x, x_mask, words, high, mask, scale, zero, brick, factor,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """acc [.., BN, BM] plus one brick of inputs.
+
+    x: pointers [.., 32, BM] to the first chunk; words, high: pointers [.., BN, 32] of the brick; mask [.., 1, 1] or
+    None: whether it exists; scale, zero: pointers [.., BN] to a row's first group, or None; brick: its index along K, a
+    scalar or [.., 1]; factor: FP32 [.., 1] that the product is multiplied by, or None.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    FIELDS: tl.constexpr = fields(BITS)
+    # What lies past the mask is whatever it is: it meets inputs that are 0.
+    w = tl.load(words, mask=mask)
+    hi = tl.load(high, mask=mask).to(tl.int16) if BITS == 3 else None
+    if BITS == 16:
+        codes = unpack(w, hi, 0, BITS, DTYPE, PTX)
+        if factor is None:
+            acc = _dot(codes, x, x_mask, acc, PTX)
+        else:
+            acc += _dot(codes, x, x_mask, tl.zeros_like(acc), PTX) * tl.expand_dims(factor, -1)
+    else:
+        INPUTS: tl.constexpr = CHUNK * FIELDS
+        # Parts of a brick that have their own scale, and the chunks of each.
+        PARTS: tl.constexpr = INPUTS // GROUP if GROUP > 0 and GROUP < INPUTS else 1
+        CHUNKS: tl.constexpr = FIELDS // PARTS
+        for part in tl.static_range(PARTS):
+            if GROUP == 0:
+                group = brick * 0
+            elif PARTS > 1:
+                group = brick * PARTS + part
+            else:
+                group = brick // (GROUP // INPUTS)
+            s = tl.load(scale + group * ROWS).to(tl.float32)
+            if factor is not None:
+                s = s * factor
+            total = tl.zeros_like(acc)
+            for chunk in tl.static_range(CHUNKS):
+                codes = unpack(w, hi, part * CHUNKS + chunk, BITS, DTYPE, PTX)
+                if zero is not None:
+                    codes = codes - tl.expand_dims(tl.load(zero + group * ROWS).to(codes.dtype), -1)
+                total = _dot(codes, x + (part * CHUNKS + chunk) * CHUNK, x_mask, total, PTX)
+            acc += total * tl.expand_dims(s, -1)
+    return acc
+
+
+@triton.jit
+def tile_product(
+    x, tokens, words, high, scale, zero, first_row, bricks, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """[BN, BM] FP32: rows first_row … of a weight (first_row a multiple of 16) times BM token rows.
+
+    x: pointers [BM] to the tokens' inputs; tokens [BM]: which of them exist.
+    """
+    INPUTS: tl.constexpr = CHUNK * fields(BITS)
+    n = first_row + tl.arange(0, BN)
+    row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
+    group_row = (n // ROWS) * groups * ROWS + n % ROWS
+    j = tl.arange(0, CHUNK)
+    if SPLIT == 1:
+        acc = tl.zeros([BN, BM], tl.float32)
+        w_at = row[:, None] + j[None, :]
+        x_at = x[None, :] + j[:, None]
+        for brick in tl.range(0, bricks, num_stages=STAGES):
+            at = w_at + brick * BRICK
+            acc = accumulate(
+                acc, x_at + brick * INPUTS, tokens[None, :], words + at, high + at if BITS == 3 else None, None,
+                scale + group_row if BITS < 16 else None, zero + group_row if zero is not None else None, brick,
+                None, BITS, GROUP, PTX,
+            )  # fmt: skip
+        return acc
+    else:
+        s = tl.arange(0, SPLIT)
+        parts = tl.zeros([SPLIT, BN, BM], tl.float32)
+        w_at = (row[:, None] + j[None, :])[None, :, :] + (s * BRICK)[:, None, None]
+        x_at = (x[None, :] + j[:, None])[None, :, :] + (s * INPUTS)[:, None, None]
+        for first in tl.range(0, bricks, SPLIT, num_stages=STAGES):
+            brick = first + s
+            lives = brick < bricks
+            at = w_at + first * BRICK
+            # A brick past the end reads the last one's scales: what they multiply is 0.
+            inside = tl.minimum(brick, bricks - 1)[:, None]
+            parts = accumulate(
+                parts, x_at + first * INPUTS, tokens[None, None, :] & lives[:, None, None], words + at,
+                high + at if BITS == 3 else None, lives[:, None, None],
+                scale + group_row[None, :] if BITS < 16 else None,
+                zero + group_row[None, :] if zero is not None else None, inside, None, BITS, GROUP, PTX,
+            )  # fmt: skip
+        return tl.sum(parts, 0)

@@ -1,0 +1,1 @@
+"""Packed linear maps and MLPs."""

@@ -1,0 +1,85 @@
+"""Packed linear maps and MLPs as the model sees them: Triton on a CUDA device, plain torch elsewhere."""
+
+from dataclasses import dataclass
+from math import lcm
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from klquant.core.grid import Quantized
+from klquant.kernels.linear import reference
+from klquant.kernels.linear.layout import ROW_MULTIPLE, Packed, interleave, pack, pack_plain
+from klquant.kernels.linear.tiles import linear_tile
+
+# A weight on its grid, or in 16 bits.
+Weight = Quantized | Tensor
+
+
+def pack_weight(w: Weight, row_multiple: int = ROW_MULTIPLE) -> Packed:
+    """Any weight [(E,) N, K] in the kernels' layout; a plain tensor is stored as BF16."""
+    return pack(w, row_multiple) if isinstance(w, Quantized) else pack_plain(w, row_multiple)
+
+
+def pack_mlp(gate: Weight, up: Weight, down: Weight) -> tuple[Packed, Packed]:
+    """gate and up [(E,) I, C] as one interleaved weight, and down [(E,) C, I], of an MLP or of E experts.
+
+    gate and up must be on the same kind of grid.
+    """
+    packed_down = pack_weight(down)
+    # The activations have as many columns as down has inputs, padding included; zero rows of gate and up fill them.
+    multiple = lcm(ROW_MULTIPLE, packed_down.k_padded)
+    return interleave(pack_weight(gate, multiple), pack_weight(up, multiple)), packed_down
+
+
+def pad_inputs(x_MK: Tensor, w: Packed) -> Tensor:
+    """x [M, ≥ K] with zeros up to whole bricks of w. The model's own shapes need none."""
+    assert x_MK.stride(-1) == 1, "the inputs of a token must be contiguous"
+    missing = w.k_padded - x_MK.shape[-1]
+    return F.pad(x_MK, (0, missing)) if missing > 0 else x_MK
+
+
+@dataclass(frozen=True)
+class QuantLinear:
+    """A packed weight [N, K] as a linear map: what `klquant.model` takes in place of a tensor."""
+
+    weight: Packed
+
+    @classmethod
+    def of(cls, w: Weight) -> "QuantLinear":
+        return cls(pack_weight(w))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.n, self.weight.k
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [.., K] in BF16 or FP16 (any dtype on a CPU) → [.., N] in the same dtype."""
+        if not x.is_cuda:
+            return reference.linear(x, self.weight)
+        return apply_linear(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+@dataclass(frozen=True)
+class QuantMLP:
+    """down(silu(gate(x)) · up(x)) with packed weights; gate and up interleaved in one."""
+
+    gate_up: Packed
+    down: Packed
+
+    @classmethod
+    def of(cls, gate: Weight, up: Weight, down: Weight) -> "QuantMLP":
+        return cls(*pack_mlp(gate, up, down))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [.., C] → [.., C]: two launches."""
+        if not x.is_cuda:
+            return reference.linear(reference.gate_up(x, self.gate_up, self.down.k), self.down)
+        h = apply_linear(x.flatten(0, -2), self.gate_up, gated=True)
+        return apply_linear(h, self.down).unflatten(0, x.shape[:-1])
+
+
+def apply_linear(x_MK: Tensor, w: Packed, gated: bool = False) -> Tensor:
+    """x [M, K], or with columns padded already, through the kernel and the tile its shape gets."""
+    from klquant.kernels.linear.triton import linear
+
+    return linear(pad_inputs(x_MK, w), w, linear_tile(w, x_MK.shape[0], gated), gated=gated)

@@ -1,0 +1,1 @@
+"""Routed experts, their router, and the shared expert."""

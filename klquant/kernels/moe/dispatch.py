@@ -1,0 +1,47 @@
+"""Routed and shared experts as the engine sees them: Triton on a CUDA device, plain torch elsewhere."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from klquant.kernels.linear.dispatch import QuantMLP, Weight, pack_mlp, pad_inputs
+from klquant.kernels.linear.layout import Packed
+from klquant.kernels.moe import reference
+from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles
+
+
+@dataclass(frozen=True)
+class QuantExperts:
+    """E experts with packed weights, gate and up interleaved in one, and the shared expert, if any, beside them."""
+
+    gate_up: Packed
+    down: Packed
+    shared: QuantMLP | None
+
+    @classmethod
+    def of(cls, w1: Weight, w3: Weight, w2: Weight, shared: QuantMLP | None) -> "QuantExperts":
+        """w1 (gate), w3 (up) [E, I, C] and w2 (down) [E, C, I]."""
+        return cls(*pack_mlp(w1, w3, w2), shared)
+
+    def __call__(self, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor:
+        """Routed experts plus the shared one: x [T, C], weight [T, R] FP32, expert [T, R] int32 → [T, C]."""
+        if not x_TC.is_cuda:
+            routed = reference.experts(x_TC, weight_TR, expert_TR, self.gate_up, self.down)
+            return routed if self.shared is None else routed + self.shared(x_TC)
+        beside = self.shared is not None and len(x_TC) > FEW_TOKENS
+        return apply_experts(self, x_TC, weight_TR, expert_TR, self.shared(x_TC) if beside else None)
+
+
+def apply_experts(
+    w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, shared_TC: Tensor | None
+) -> Tensor:  # fmt: skip
+    """The kernels that the number of tokens asks for. Above FEW_TOKENS, `shared_TC` is what w.shared makes of x."""
+    from klquant.kernels.moe.triton import few_tokens, many_tokens
+
+    if len(x_TC) <= FEW_TOKENS:
+        shared = (None, None) if w.shared is None else (w.shared.gate_up, w.shared.down)
+        widest = max((p for p in (w.gate_up, shared[0]) if p is not None), key=lambda p: p.k_padded)
+        tiles = few_tiles(w.gate_up, w.down, w.shared)
+        return few_tokens(pad_inputs(x_TC, widest), weight_TR, expert_TR, w.gate_up, w.down, *shared, *tiles)
+    tiles = many_tiles(w.gate_up, w.down, expert_TR.numel())
+    return many_tokens(pad_inputs(x_TC, w.gate_up), weight_TR, expert_TR, w.gate_up, w.down, shared_TC, *tiles)

@@ -1,0 +1,193 @@
+"""An unfinished output folder: what is done, what it was made for, and how it becomes the finished one.
+
+While a run is under way everything lies in `OUT.unfinished`: finished shards under their final names, one
+`unit-NNN.json` for each finished unit (written last: it is the commit) and the residual streams that enter the next
+unit. Nothing there looks like a checkpoint: config.json and the index come when all units are done, and one rename
+makes the folder OUT.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from itertools import count
+from pathlib import Path
+
+from klquant.checkpoint.index import CONFIG
+from klquant.checkpoint.writer import write_json
+from klquant.errors import UserError
+
+SUFFIX = ".unfinished"
+STATE = ".state"
+TRASH = ".trash"
+PURPOSE = "purpose.json"
+PROVENANCE = "klquant.json"
+
+
+OTHER_TEXT = "other calibration text"
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a run's bytes depend on. Two runs of equal purpose write the same output.
+
+    `expert_chunk` follows from the memory that was free; a resumed run takes over that of the run it goes on with.
+    """
+
+    klquant: str
+    torch: str
+    weights: str
+    plan: str
+    calibration: str | None
+    device: str
+    shard_bytes: int
+    expert_chunk: int
+
+
+# Field → what to say when a resumed run was started with another value.
+_CHANGED = {
+    "klquant": "another version of klquant",
+    "torch": "another version of torch",
+    "weights": "other weights",
+    "plan": "another recipe, target or tensor index",
+    "calibration": OTHER_TEXT,
+    "device": "another kind of device",
+    "shard_bytes": "another shard size",
+}
+
+
+class Journal:
+    """The unfinished folder of one run. Hold it open (`with`) while working: no second run may work there."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + SUFFIX)
+        self.state = self.folder / STATE
+        self.found: dict | None = None
+        self._lock = -1
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def find(self, resume: bool) -> dict | None:
+        """The purpose of the unfinished run to go on with, as a dict; None when a new one is to be begun.
+
+        Raises UserError when OUT is not empty, when an unfinished run is in the way and `resume` is not set, and when
+        another process works on it.
+        """
+        check_output(self.out)
+        if not self.folder.exists():
+            return None
+        if not resume:
+            raise UserError(
+                f"{self.folder}: an unfinished run is there; continue it with --resume, or delete it to start again"
+            )
+        self._take()
+        if self.complete:
+            self.found = self._read(self.folder / PROVENANCE).get("purpose", {})
+        elif (self.state / PURPOSE).exists():  # else it was killed while the folder was being made
+            self.found = self._read(self.state / PURPOSE)
+        if self.found is not None and self.found.keys() != {field.name for field in fields(Purpose)}:
+            raise self.refusal(_CHANGED["klquant"])
+        return self.found
+
+    def make(self) -> None:
+        """Make the folder of a new run; `begin` makes it one that can be gone on with."""
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be created: {error.strerror}") from None
+        self._take()
+
+    def begin(self, purpose: Purpose) -> None:
+        """Commit to a purpose. What a resumed run needs beside finished units must be in the folder already."""
+        write_json(self.state / PURPOSE, asdict(purpose))
+        self.found = asdict(purpose)
+
+    def check(self, purpose: Purpose) -> None:
+        """Raises UserError unless the run found is one for `purpose`."""
+        now = asdict(purpose)
+        changed = [text for key, text in _CHANGED.items() if self.found.get(key) != now[key]]
+        if changed:
+            raise self.refusal(" and ".join(changed))
+
+    def refusal(self, what: str) -> UserError:
+        return UserError(f"{self.folder}: was started with {what}; resume it as it was started, or delete it")
+
+    @property
+    def done(self) -> int:
+        """How many units are finished."""
+        return next(unit for unit in count() if not self._unit(unit).exists())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all files are final and only the last rename is missing: config.json is written when they are."""
+        return (self.folder / CONFIG).exists() and not self.state.exists()
+
+    def _take(self) -> None:
+        if self._lock < 0:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.folder}: another run is at work there; let it finish, or stop it first") from None
+
+    def commit(self, unit: int, record: dict) -> None:
+        """Mark a unit as done. Its shards and the streams that leave it must be on the disk already."""
+        write_json(self._unit(unit), record)
+
+    def record(self, unit: int) -> dict:
+        return self._read(self._unit(unit))
+
+    def stream(self, name: str, unit: int) -> Path:
+        """File of the stream `name` as it enters `unit`."""
+        return self.state / f"{name}-{unit:03d}.bin"
+
+    def drop_streams(self, unit: int) -> None:
+        """Delete the streams that entered units before `unit`: no resume needs them any more."""
+        for path in self.state.glob("*.bin"):
+            if int(path.stem.rpartition("-")[2]) < unit:
+                path.unlink()
+
+    def finish(self) -> dict:
+        """Turn the folder into OUT and return its provenance.
+
+        The state goes in one step, so that what is left is never half a state.
+        """
+        trash, provenance = self.folder / TRASH, self._read(self.folder / PROVENANCE)
+        try:
+            if self.state.exists():
+                os.replace(self.state, trash)
+            shutil.rmtree(trash, ignore_errors=True)
+            if self.out.exists():
+                self.out.rmdir()  # empty: checked on opening
+            os.replace(self.folder, self.out)
+        except OSError as error:
+            raise UserError(
+                f"{self.out}: cannot take the finished {self.folder.name} ({error.strerror}); mend that, then --resume"
+            ) from None
+        return provenance
+
+    def _unit(self, unit: int) -> Path:
+        return self.state / f"unit-{unit:03d}.json"
+
+    def _read(self, file: Path) -> dict:
+        try:
+            value = json.loads(file.read_text())
+        except (OSError, ValueError):
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{file}: unreadable; delete {self.folder} and start again")
+        return value
+
+
+def check_output(out: Path) -> None:
+    """Raises UserError unless OUT can be made: it does not exist, or is an empty folder."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"{out}: exists and is not an empty folder; choose another output or empty it first")

@@ -1,0 +1,45 @@
+"""What a run tells whoever watches it. The CLI draws it; a library user can ignore it or listen."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class UnitDone:
+    """A finished unit: its name, the bytes written, the error of its weights (mean and worst, with the tensor's name)
+    and the fallbacks it took."""
+
+    name: str
+    nbytes: int
+    mean_error: float | None
+    worst_error: float | None
+    worst_tensor: str | None
+    fallbacks: list[str]
+
+
+class Watcher(Protocol):
+    """Called in order: `begin`, then for each unit `phase` any number of times and `done`; `note` at any time."""
+
+    def begin(self, units: list[str], finished: int) -> None: ...
+
+    def phase(self, unit: str, phase: str, fraction: float) -> None: ...
+
+    def done(self, unit: UnitDone) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """A watcher that does not look."""
+
+    def begin(self, units: list[str], finished: int) -> None:
+        pass
+
+    def phase(self, unit: str, phase: str, fraction: float) -> None:
+        pass
+
+    def done(self, unit: UnitDone) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass

@@ -1,0 +1,251 @@
+"""The whole run: checks first, then unit after unit, then the finishing touches that make a folder a checkpoint."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import klquant
+from klquant.calibrate.walk import WalkSettings
+from klquant.checkpoint.index import CONFIG
+from klquant.checkpoint.quantized import quantization_config
+from klquant.checkpoint.reader import CheckpointReader
+from klquant.checkpoint.writer import (
+    Shard,
+    ShardRecord,
+    copy_side_files,
+    layer_units,
+    plan_shards,
+    write_index,
+    write_json,
+    write_safetensors,
+)
+from klquant.core.memory import free_memory
+from klquant.errors import UserError
+from klquant.pipeline.journal import PROVENANCE, Journal, Purpose
+from klquant.pipeline.report import Silent, UnitDone, Watcher
+from klquant.pipeline.streams import StreamStore
+from klquant.pipeline.text import Text, draw_text, keep_text
+from klquant.pipeline.units import UnitResult, Units, units_of
+from klquant.recipe.plan import Plan
+
+SHARD_BYTES = 5_000_000_000
+# Tokens worked on at once, by kind of device. Fixed, because the order of a sum is part of its bytes; a GPU wants large
+# batches, so that an expert's share of one is worth a launch.
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a user may choose beside model, recipe and output. `calib` is a mix or text files (None: the recipe's)."""
+
+    calib: str | None = None
+    device: str = "cpu"
+    resume: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+
+def quantize(
+    reader: CheckpointReader, plan: Plan, out: Path, options: RunOptions, watcher: Watcher | None = None
+) -> dict:
+    """Quantize `reader`'s checkpoint as `plan` says into the folder `out`; returns the provenance written there.
+
+    Raises UserError for anything the user can mend; then nothing that looks like a checkpoint is at `out`, and what is
+    done waits in `out`.unfinished for `resume`.
+    """
+    watcher = watcher or Silent()
+    with Journal(out) as journal, torch.no_grad():
+        before = journal.find(options.resume)
+        check_model(reader)
+        device = pick_device(options.device)
+        settings = WalkSettings(
+            device=device,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            batch=max(1, BATCH_TOKENS[device.type] // plan.recipe.calibration.window),
+            expert_chunk=before["expert_chunk"] if before else _expert_chunk(reader, device),
+        )
+        purpose = Purpose(
+            klquant.__version__, torch.__version__, reader.fingerprint(), plan.digest(),
+            before and before["calibration"], device.type, options.shard_bytes, settings.expert_chunk,
+        )  # fmt: skip
+        if before:
+            journal.check(purpose)
+            if journal.complete:
+                return journal.finish()
+        text = None
+        if plan.needs_calibration:
+            spec = options.calib or plan.recipe.calibration.mix
+            text = draw_text(spec, reader, plan.recipe.calibration, settings, watcher, journal)
+        if not before:
+            journal.make()
+            if text is not None:
+                keep_text(text, journal)
+                purpose = replace(purpose, calibration=text.calibration.sha256)
+            journal.begin(purpose)
+        for note in text.calibration.notes if text else ():
+            watcher.note(note)
+        shards = plan_shards(layer_units(plan.stored_sizes()), options.shard_bytes)
+        _work(Units(reader, plan, settings), journal, shards, text and text.calibration.ids, watcher)
+        return _finish(reader, plan, journal, shards, text)
+
+
+def check_model(reader: CheckpointReader) -> None:
+    """Raises UserError unless the checkpoint is whole and in 16 or 32 bits."""
+    if "quantization_config" in reader.raw_config:
+        raise UserError(f"{reader.folder / CONFIG}: this checkpoint is quantized already; start from the 16-bit one")
+    reader.check_complete()
+
+
+def pick_device(name: str) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N`. Raises UserError when there is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UserError(f"device {name}: {count} CUDA device(s) found here; use --device cpu, or check the driver")
+    elif device.type != "cpu":
+        raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N")
+    return device
+
+
+def _expert_chunk(reader: CheckpointReader, device: torch.device) -> int:
+    """Experts whose moments and working copies are held at once: what fits a third of the free memory, rounded down to
+    a power of two, because a batched product's last bits may depend on the batch."""
+    config = reader.config
+    per_expert = 4 * (6 * config.hidden_size**2 + 16 * config.hidden_size * config.moe_intermediate_size)
+    fits = max(1, free_memory(device) // 3 // per_expert)
+    return min(config.num_experts, 1 << (fits.bit_length() - 1))
+
+
+def _work(units: Units, journal: Journal, shards: list[Shard], ids_WS: Tensor | None, watcher: Watcher) -> None:
+    """Do the units that are not done yet and commit each."""
+    jobs, done = list(units_of(units.plan).items()), journal.done
+    watcher.begin([name for name, _ in jobs], done)
+    store: StreamStore | None = None
+    for number, (name, decisions) in enumerate(jobs[done:], done):
+        progress = partial(watcher.phase, name)
+        if ids_WS is None or number == 0:
+            result = units.plain(decisions, progress)
+        else:
+            if store is None:
+                store = StreamStore(units, journal, ids_WS)
+                store.load(number)
+                if store.on_disk:
+                    watcher.note("memory is short: activations are kept in files beside the output")
+            if number <= units.plan.config.num_layers:
+                result = units.layer(number - 1, decisions, store.streams, progress)
+            else:
+                result = units.head(decisions, store.streams, progress)
+        _require_sane(result)
+        progress("writing", 1.0)
+        written = _write(journal.folder, shards, result)
+        if store is not None and number + 1 < len(jobs):
+            store.save(number + 1)
+        journal.commit(number, _record(name, result, written))
+        journal.drop_streams(number + 1)
+        watcher.done(_summary(name, result, written))
+    if store is not None:
+        store.close()
+
+
+def _require_sane(result: UnitResult) -> None:
+    """Raises UserError for a weight whose error overflows: no value is NaN or infinite, but some are far too large."""
+    for module, record in result.records.items():
+        if not math.isfinite(record.error):
+            raise UserError(f"{module}.weight: holds values far too large for a weight; the file is damaged")
+
+
+def _write(folder: Path, shards: list[Shard], result: UnitResult) -> list[ShardRecord]:
+    """Write the shards that this unit fills; a shard belongs to one unit."""
+    written = []
+    for shard in shards:
+        if shard.names[0] in result.tensors:
+            part = {name: result.tensors[name] for name in shard.names}
+            written.append(write_safetensors(folder / shard.file, part, {"format": "pt"}))
+    return written
+
+
+def _record(name: str, result: UnitResult, written: list[ShardRecord]) -> dict:
+    return {
+        "unit": name,
+        "shards": {r.file: {"bytes": r.nbytes, "sha256": r.sha256} for r in written},
+        "tensors": {module: asdict(record) for module, record in result.records.items()},
+        "expert_tokens": result.expert_tokens,
+    }
+
+
+def _summary(name: str, result: UnitResult, written: list[ShardRecord]) -> UnitDone:
+    errors = {module: r.error for module, r in result.records.items()}
+    worst = max(errors, key=errors.get, default=None)
+    return UnitDone(
+        name=name,
+        nbytes=sum(r.nbytes for r in written),
+        mean_error=sum(errors.values()) / len(errors) if errors else None,
+        worst_error=errors.get(worst),
+        worst_tensor=worst,
+        fallbacks=[f"{module}: {r.fallback}" for module, r in result.records.items() if r.fallback],
+    )
+
+
+def _finish(reader: CheckpointReader, plan: Plan, journal: Journal, shards: list[Shard], text: Text | None) -> dict:
+    """Write what makes the folder a checkpoint, config.json last, and give it its name."""
+    folder = journal.folder
+    provenance = _provenance(plan, journal, text)
+    copy_side_files(reader.folder, folder)
+    write_index(folder, shards, plan.stored_sizes())
+    write_json(folder / PROVENANCE, provenance)
+    specs = {module: spec for module, spec in plan.specs().items() if spec is not None}
+    kept = [module for module, spec in plan.specs().items() if spec is None]
+    config = {k: v for k, v in reader.raw_config.items() if k != "quantization_config"}
+    if specs:
+        config["quantization_config"] = quantization_config(specs, kept, reader.config)
+    write_json(folder / CONFIG, config)
+    return journal.finish()
+
+
+def _provenance(plan: Plan, journal: Journal, text: Text | None) -> dict:
+    """Everything one needs to repeat or judge the run. No times, no host: equal runs write equal files."""
+    records = [journal.record(number) for number in range(len(units_of(plan)))]
+    tensors = {module: r for record in records for module, r in record["tensors"].items()}
+    calibration = None
+    if text is not None:
+        ids = text.calibration.ids
+        calibration = {
+            "text": text.spec,
+            "sha256": text.calibration.sha256,
+            "windows": ids.shape[0],
+            "window": ids.shape[1],
+            "sources": [asdict(s) for s in text.calibration.sources],
+            "notes": list(text.calibration.notes),
+            "coverage": text.coverage and asdict(text.coverage),
+        }
+    return {
+        "schema": SCHEMA,
+        "purpose": journal.found,
+        "versions": _versions(),
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "target": plan.target,
+        "changes": [
+            {"class": c.cls, "roles": c.roles, "count": c.count, "why": c.why, "extra_bytes": c.extra_bytes}
+            for c in plan.changes
+        ],
+        "calibration": calibration,
+        "tensors": tensors,
+        "expert_tokens": {r["unit"].removeprefix("layer "): r["expert_tokens"] for r in records if r["expert_tokens"]},
+        "fallbacks": [f"{module}: {r['fallback']}" for module, r in tensors.items() if r["fallback"]],
+        "shards": {file: shard for record in records for file, shard in record["shards"].items()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "safetensors", "compressed-tensors", "tokenizers", "tiktoken")
+    return {"klquant": klquant.__version__, **{name: version(name) for name in names}}

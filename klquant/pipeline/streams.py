@@ -1,0 +1,88 @@
+"""The residual streams of a run: where they live while a layer works on them, and their copies between units."""
+
+import os
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from klquant.calibrate.activations import Activations
+from klquant.calibrate.walk import Streams
+from klquant.core.memory import free_memory
+from klquant.errors import UserError
+from klquant.model.forward import EMBEDDING
+from klquant.pipeline.journal import Journal
+from klquant.pipeline.units import Units
+
+# Share of the free memory that the streams may take before they go to files.
+MEMORY_SHARE = 0.3
+WINDOWS_A_COPY = 16
+
+
+class StreamStore:
+    """The quantized stream, and the reference stream where target corrections need it.
+
+    A layer changes them in place; `save` puts a copy on the disk, from which a resumed run goes on with the same bytes.
+    """
+
+    def __init__(self, units: Units, journal: Journal, ids_WS: Tensor) -> None:
+        self.journal, self.ids = journal, ids_WS
+        self.units = units
+        corrects = units.plan.recipe.gptq.correction and any(d.algorithm == "gptq" for d in units.plan.decisions)
+        names = ["quantized", "reference"] if corrects else ["quantized"]
+        width, dtype = units.reader.config.hidden_size, units.settings.dtype
+        size = len(names) * ids_WS.numel() * width * dtype.itemsize
+        self.on_disk = size > MEMORY_SHARE * free_memory()
+        self.parts: dict[str, Activations] = {}
+        for name in names:
+            path = journal.state / f"{name}.work" if self.on_disk else None
+            self.parts[name] = Activations(*ids_WS.shape, width, dtype, path)
+
+    @property
+    def streams(self) -> Streams:
+        return Streams(self.parts["quantized"], self.parts.get("reference"))
+
+    def load(self, unit: int) -> None:
+        """Fill the streams with what enters `unit`: embedded tokens for the first layer, else the saved copy."""
+        for name, part in self.parts.items():
+            if unit == 1:
+                table = self.units.reader.weight(EMBEDDING, part.dtype)
+                for start in range(0, len(part), WINDOWS_A_COPY):
+                    part.write(start, F.embedding(self.ids[start : start + WINDOWS_A_COPY], table))
+                continue
+            file = self.journal.stream(name, unit)
+            saved = Activations(*part.shape, part.dtype, file) if _whole(file, part) else None
+            if saved is None:
+                raise UserError(f"{file}: missing or cut short; delete {self.journal.folder} and start again")
+            _copy(saved, part)
+            saved.close()
+
+    def save(self, unit: int) -> None:
+        """Put a copy of what enters `unit` on the disk, whole or not at all."""
+        for name, part in self.parts.items():
+            file = self.journal.stream(name, unit)
+            half = file.with_name(f"{file.name}.half")
+            half.unlink(missing_ok=True)
+            try:
+                copy = Activations(*part.shape, part.dtype, half)
+                _copy(part, copy)
+                copy.sync()
+                copy.close()
+                os.replace(half, file)
+            except OSError as error:
+                half.unlink(missing_ok=True)
+                raise UserError(
+                    f"{file}: cannot be written: {error.strerror}; free disk space, then --resume"
+                ) from None
+
+    def close(self) -> None:
+        for part in self.parts.values():
+            part.close()
+
+
+def _copy(source: Activations, target: Activations) -> None:
+    for start in range(0, len(source), WINDOWS_A_COPY):
+        target.write(start, source.read(start, min(start + WINDOWS_A_COPY, len(source))))
+
+
+def _whole(file, part: Activations) -> bool:
+    return file.exists() and file.stat().st_size == part.nbytes

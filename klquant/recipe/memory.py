@@ -1,0 +1,157 @@
+"""Memory a model needs to run, by part and before anything is loaded: one planner for plan, report and engine.
+
+Weights, latent cache and KDA state are exact; workspace and runtime are estimates and named so. Sizes in bytes.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from klquant.checkpoint.config import KimiLinearConfig
+
+GIB = 1 << 30
+CONTEXTS = (8_192, 131_072, 1_048_576)
+PREFILL_CHUNK = 4_096  # tokens prefilled at a time; longer chunks need more workspace and gain little speed
+RUNTIME_ESTIMATE = 3 * GIB // 4  # a device: CUDA context, kernels, captured graphs, allocator slack
+
+# Cards by what they are sold as → (how many, GiB each). GiB is about what PyTorch reports as a card's total capacity,
+# less than its name says; the least of the usual cards of that class (3060, 4080, 3090/4090, 5090, L40S, H100).
+CARDS: dict[str, tuple[int, float]] = {
+    "12 GB": (1, 11.6),
+    "16 GB": (1, 15.6),
+    "24 GB": (1, 23.5),
+    "2×24 GB": (2, 23.5),
+    "32 GB": (1, 31.3),
+    "48 GB": (1, 44.4),
+    "80 GB": (1, 79.1),
+}
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Stored bytes of the embedding, of each layer, and of final norm and head."""
+
+    embedding: int
+    layers: tuple[int, ...]
+    final: int
+
+    @classmethod
+    def of(cls, nbytes: Mapping[str, int], num_layers: int) -> "WeightSizes":
+        """From stored tensor name → bytes, packed or plain."""
+        embedding, layers, final = 0, [0] * num_layers, 0
+        for name, size in nbytes.items():
+            if (match := _LAYER.match(name)) is not None:
+                layers[int(match[1])] += size
+            elif name.startswith("model.embed_tokens."):
+                embedding += size
+            else:
+                final += size
+        return cls(embedding, tuple(layers), final)
+
+    @property
+    def total(self) -> int:
+        return self.embedding + sum(self.layers) + self.final
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted device memory for `sequences` sequences that hold `context` tokens together.
+
+    `runtime` is per device; the other parts are over all devices, but for `workspace`, which each device needs.
+    `stages`: bytes of the embedding (0 on the CPU), each layer with its cache and state, and final norm with head.
+    """
+
+    context: int
+    sequences: int
+    cache_bits: int
+    embedding_on_cpu: bool
+    weights: int
+    latent_cache: int
+    kda_state: int
+    workspace: int
+    runtime: int
+    stages: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """On a single device."""
+        return self.weights + self.latent_cache + self.kda_state + self.workspace + self.runtime
+
+    def needed(self, devices: int) -> int:
+        """Bytes of the fullest of `devices` equal devices, layers split over them as evenly as they can be."""
+        return _split(self.stages, devices) + self.workspace + self.runtime
+
+    def fits(self) -> list[str]:
+        """The names in CARDS that hold it."""
+        return [name for name, (count, gib) in CARDS.items() if self.needed(count) <= gib * GIB]
+
+
+def contexts(config: KimiLinearConfig) -> list[int]:
+    """The lengths to predict for: 8 k, 128 k and 1 M, or the model's own limit where that is shorter."""
+    return [c for c in CONTEXTS if c <= config.max_context] or [config.max_context]
+
+
+def predict_memory(
+    config: KimiLinearConfig,
+    weights: WeightSizes,
+    context: int,
+    *,
+    sequences: int = 1,
+    cache_bits: int = 16,
+    embedding_on_cpu: bool = False,
+) -> Memory:
+    """Memory for `context` cached tokens in all over `sequences` sequences. `cache_bits`: 16, or 8."""
+    latent = context * latent_bytes(config, cache_bits)
+    state = sequences * kda_state_bytes(config)
+    embedding = 0 if embedding_on_cpu else weights.embedding
+    layers = tuple(size + (latent if config.is_mla(i) else state) for i, size in enumerate(weights.layers))
+    kda_layers = config.num_layers - len(config.mla_layers)
+    return Memory(
+        context=context,
+        sequences=sequences,
+        cache_bits=cache_bits,
+        embedding_on_cpu=embedding_on_cpu,
+        weights=weights.total - weights.embedding + embedding,
+        latent_cache=latent * len(config.mla_layers),
+        kda_state=state * kda_layers,
+        workspace=workspace_estimate(config, min(context, PREFILL_CHUNK), sequences),
+        runtime=RUNTIME_ESTIMATE,
+        stages=(embedding, *layers, weights.final),
+    )
+
+
+def latent_bytes(config: KimiLinearConfig, bits: int) -> int:
+    """Bytes one token adds to the cache of one MLA layer; at 8 bits with an FP32 scale."""
+    return config.latent_dim * bits // 8 + (4 if bits == 8 else 0)
+
+
+def kda_state_bytes(config: KimiLinearConfig) -> int:
+    """Bytes one sequence keeps in one KDA layer: the FP32 state and the BF16 tail of the three convolutions."""
+    recurrent = config.kda_heads * config.kda_dim**2 * 4
+    return recurrent + 3 * config.kda_width * (config.conv_width - 1) * 2
+
+
+def workspace_estimate(config: KimiLinearConfig, tokens: int, sequences: int) -> int:
+    """Activations of a prefill chunk of `tokens`, at their largest: an estimate, to be corrected by measurement.
+
+    The residual stream stays; KDA, MLA and MoE follow one another, so the largest of the three counts.
+    """
+    c = config
+    residual = 3 * c.hidden_size * 2
+    # q, k, v, gate, output and the chunk kernel's five intermediates in BF16, g in FP32; a BF16 state every 64 tokens
+    kda = c.kda_width * (10 * 2 + 4) + c.kda_width * c.kda_dim * 2 // 64
+    mla = c.num_heads * 2 * (c.qk_dim + c.v_dim) * 2
+    # gathered input, gate, up, product and output of each of the token's experts
+    moe = c.top_k * (2 * c.hidden_size + 3 * c.moe_intermediate_size) * 2
+    dense = 3 * c.intermediate_size * 2
+    logits = sequences * c.vocab_size * 4 * 2
+    return tokens * (residual + max(kda, mla, moe, dense)) + logits
+
+
+def _split(stages: tuple[int, ...], devices: int) -> int:
+    """The least possible size of the largest of `devices` runs of consecutive stages."""
+    if devices == 1 or len(stages) < 2:
+        return sum(stages)
+    return min(max(sum(stages[:i]), _split(stages[i:], devices - 1)) for i in range(1, len(stages) + 1))

@@ -1,0 +1,1 @@
+"""Results of `klquant eval` → one page that a person can decide from."""

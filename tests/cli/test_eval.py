@@ -1,0 +1,68 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from klquant.cli.main import main
+from klquant.evaluate.result import load_result
+from tests.tiny import tiny_checkpoint
+
+
+def run(*args: object):
+    return CliRunner().invoke(main, ["eval", *map(str, args)], prog_name="klquant", catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": f"The quick brown fox {name} " * 20}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+def test_a_result_is_written_and_shown(tiny, other, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("klquant.cli.render.PIPE_WIDTH", 80)
+    out = tmp_path / "r.json"
+    done = run(other, "--against", tiny, "--data", texts, "--window", 64, "--windows", 2, "--floor", "-o", out)
+    assert done.exit_code == 0, done.stderr
+    result = load_result(out)
+    assert list(result.domains) == ["a", "b"] and result.floor is not None
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
+    assert rows["all"][1:3] == ["256", f"{result.overall.kld.mean:.4f}"]
+    assert rows["floor"][2] == f"{result.floor.overall.kld.mean:.4f}"
+    assert "256 tokens" in done.stdout and "bits a weight" in done.stdout
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["reference", "floor, bfloat16", "model"]
+
+
+def test_json_is_the_file(tiny, texts, tmp_path):
+    files = [part for name in ("b", "a") for part in ("--data", texts / f"{name}.jsonl")]
+    done = run(tiny, *files, "--window", 64, "--windows", 1, "-o", tmp_path / "r.json", "--json")
+    assert json.loads(done.stdout) == json.loads((tmp_path / "r.json").read_text())
+    assert list(json.loads(done.stdout)["domains"]) == ["b", "a"]
+
+
+def test_without_a_reference_the_table_has_perplexity(tiny, texts, tmp_path):
+    done = run(tiny, "--data", texts, "--window", 64, "--windows", 1, "-o", tmp_path / "r.json")
+    assert "perplexity" in done.stdout and "KLD" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--data", "none.jsonl"), "none.jsonl"),
+        (("--against", "none"), "none"),
+        (("--floor",), "--floor needs --against"),
+        (("--device", "cuda:9"), "cuda:9"),
+        (("--window", 10**6), "do not fill one window"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_2(tiny, texts, tmp_path, args, message):
+    done = run(tiny, "--data", texts, "-o", tmp_path / "r.json", *args)
+    assert done.exit_code == 2 and message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "r.json").exists()

@@ -1,0 +1,78 @@
+import subprocess
+import sys
+import types
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import klquant
+from klquant.cli import main as cli
+from klquant.errors import UserError
+
+
+def run(*args: str):
+    return CliRunner().invoke(cli.main, args, prog_name="klquant")
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """A command `fail` that raises what it is given."""
+
+    def install(error: BaseException) -> None:
+        @click.command()
+        def command() -> None:
+            raise error
+
+        module = types.ModuleType("fail")
+        module.command = command
+        monkeypatch.setitem(sys.modules, "fail", module)
+        monkeypatch.setitem(cli.COMMANDS, "fail", ("fail", "Fails."))
+
+    return install
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"klquant {klquant.__version__}\n")
+
+
+def test_a_user_error_is_one_line_on_stderr_and_exit_2(fail):
+    fail(UserError("a.yaml:3: two\nlines"))
+    result = run("fail")
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", "klquant: error: a.yaml:3: two lines\n")
+
+
+def test_an_interrupt_is_one_line_and_exit_130(fail):
+    fail(KeyboardInterrupt())
+    result = run("fail")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "klquant: interrupted\n")
+
+
+def test_a_bug_keeps_its_traceback(fail):
+    fail(ZeroDivisionError())
+    assert isinstance(run("fail").exception, ZeroDivisionError)
+
+
+def test_an_unknown_command_is_refused():
+    result = run("plam")
+    assert result.exit_code == 2 and "No such command 'plam'" in result.stderr
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_loads_and_explains_itself(name):
+    result = run(name, "--help")
+    assert result.exit_code == 0 and "Usage: klquant" in result.stdout
+    assert name in run("--help").stdout
+
+
+@pytest.mark.parametrize("arg", ["--version", "--help"])
+def test_start_up_imports_no_command_and_nothing_heavy(arg):
+    code = (
+        "import sys; from klquant.cli.main import main\n"
+        f"try: main(['{arg}'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'pydantic', 'rich', 'yaml', 'transformers', 'huggingface_hub', 'compressed_tensors'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,175 @@
+"""`klquant sweep` through the command line: what it leaves, what it does not do twice, what it refuses."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import klquant.evaluate.run as evaluation
+import klquant.pipeline.run as pipeline
+from klquant.checkpoint.verify import verify
+from klquant.cli.main import main
+from klquant.evaluate.passes import Passes
+from klquant.evaluate.result import load_result
+from tests.pipeline.build import ROUND, RULES, digests, recipe_text, short_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return short_model(tmp_path_factory.mktemp("short") / "model")
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    """Two recipes as files, one of them calibrated, in the form the option takes."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for name, rules in (("small", RULES), ("rounded", ROUND)):
+        (folder / f"{name}.yaml").write_text(recipe_text(rules).replace("name: small", f"name: {name}"))
+    return [str(folder / f"{name}.yaml") for name in ("rounded", "small")]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": f"The quick brown fox {name} " * 20}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def sweep(model, texts):
+    def call(out, recipes, *args: object):
+        command = ["sweep", model, "--recipes", ",".join(recipes), "-o", out, "--data", texts, "--window", 64,
+                   "--windows", 2, "--device", "cpu", *args]  # fmt: skip
+        return CliRunner().invoke(main, list(map(str, command)), prog_name="klquant", catch_exceptions=False)
+
+    return call
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without the page, whose plots take longer than everything else here."""
+    monkeypatch.setattr("klquant.report.page.html", lambda comparison: "")
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts what is computed: windows of passes by stage, and runs of quantize."""
+    counts: dict[str, int] = {}
+    run, quantize = Passes._pass, pipeline.quantize
+
+    def counted(self, reader, dtype, folder, make, stage):
+        counts[stage] = counts.get(stage, 0) + (windows := run(self, reader, dtype, folder, make, stage))
+        return windows
+
+    def made(*args):
+        counts["quantize"] = counts.get("quantize", 0) + 1
+        return quantize(*args)
+
+    monkeypatch.setattr(Passes, "_pass", counted)
+    monkeypatch.setattr(pipeline, "quantize", made)
+    return counts
+
+
+def test_checkpoints_results_and_report_are_there_after_one_reference_pass(sweep, recipes, passes, tmp_path):
+    out = tmp_path / "deep" / "sweep"
+    done = sweep(out, recipes)
+    assert done.exit_code == 0, done.stderr
+    assert passes == {"quantize": 2, "reference": 4, "floor, bfloat16": 4, "model": 8}
+    for name in ("rounded", "small"):
+        assert verify(out / "models" / name) == []
+        assert load_result(out / "results" / f"{name}.json").floor is not None
+        assert name in done.stdout
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert (out / "report.md").exists()
+    assert [v["name"] for v in json.loads((out / "report.json").read_text())["variants"]]
+
+
+def test_finished_variants_are_skipped_and_new_recipes_added(sweep, undrawn, recipes, passes, tmp_path):
+    assert sweep(tmp_path, recipes[:1]).exit_code == 0
+    before = digests(tmp_path / "models")
+    passes.clear()
+    assert sweep(tmp_path, recipes).exit_code == 0
+    assert passes == {"quantize": 1, "reference": 0, "floor, bfloat16": 0, "model": 4}
+    assert before.items() <= digests(tmp_path / "models").items()
+    passes.clear()
+    assert sweep(tmp_path, recipes).exit_code == 0
+    assert passes == {}
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_bytes(sweep, undrawn, recipes, monkeypatch, tmp_path):
+    assert sweep(tmp_path / "whole", recipes).exit_code == 0
+    record, commits = pipeline.Journal.commit, []
+
+    def interrupt(self, unit, *args):
+        record(self, unit, *args)
+        commits.append(unit)
+        if len(commits) == 5:  # within the second recipe
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Journal, "commit", interrupt)
+        stopped = sweep(tmp_path / "broken", recipes)
+    assert (stopped.exit_code, stopped.stderr.splitlines()[-1]) == (
+        130, "klquant: interrupted: the same command goes on")  # fmt: skip
+    assert sweep(tmp_path / "broken", recipes).exit_code == 0
+    assert digests(tmp_path / "broken" / "models") == digests(tmp_path / "whole" / "models")
+
+
+def test_a_checkpoint_made_anew_is_judged_anew(sweep, undrawn, recipes, passes, tmp_path):
+    assert sweep(tmp_path, recipes[:1]).exit_code == 0
+    file = tmp_path / "results" / "rounded.json"
+    file.write_text(file.read_text().replace(load_result(file).model.fingerprint, "0" * 64))
+    passes.clear()
+    assert sweep(tmp_path, recipes[:1]).exit_code == 0
+    assert passes["model"] == 4 and "quantize" not in passes
+
+
+def test_a_folder_of_another_sweep_is_refused_by_what_differs(sweep, undrawn, recipes, tmp_path):
+    assert sweep(tmp_path, recipes[:1]).exit_code == 0
+    for args, what in (
+        (("--windows", 3), "windows"),
+        (("--calib", "tiny"), "calib"),
+        (("--dtype", "bfloat16"), "dtype"),
+    ):
+        done = sweep(tmp_path, recipes[:1], *args)
+        assert done.exit_code == 2 and f"a sweep with other {what} is there" in done.stderr
+
+
+def test_a_changed_recipe_is_refused_while_its_old_checkpoint_is_there(sweep, undrawn, recipes, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(recipe_text(ROUND))
+    assert sweep(tmp_path / "out", [str(mine)]).exit_code == 0
+    mine.write_text(recipe_text(ROUND.replace("bits: 4", "bits: 3")))
+    done = sweep(tmp_path / "out", [str(mine)])
+    assert done.exit_code == 2 and "models/small: made by another recipe" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"), [(["int4", "int4"], "'int4' comes twice"), ([""], "names no recipe"), (["int5"], "int5")]
+)
+def test_recipes_are_checked_before_any_work(sweep, recipes, message, tmp_path):
+    done = sweep(tmp_path / "out", recipes)
+    assert done.exit_code == 2 and message in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_too_little_room_is_said_before_any_work(sweep, recipes, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    done = sweep(tmp_path, recipes)
+    assert done.exit_code == 2 and "the 2 variants to make take" in done.stderr
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_evaluation_is_the_one_of_eval():
+    """The sweep's defaults are eval's, by reference and not by copy."""
+    options = {p.name: p.default for p in main.get_command(None, "sweep").params}
+    assert (options["windows"], options["window"]) == (evaluation.EvalOptions.windows, evaluation.EvalOptions.window)

@@ -1,0 +1,47 @@
+"""Fixtures shared by all tests. Nothing here needs a network, a GPU or a file outside the repository."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tests.tiny import tiny_checkpoint
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny random checkpoint; read-only by convention (copy it to change it)."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def testbed() -> Path:
+    """The small trained Kimi-Linear model that accuracy claims are made on."""
+    folder = SHARED / "testbed"
+    if not (folder / "config.json").exists():
+        pytest.skip("the testbed model is not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kimi_48b() -> Path:
+    """config.json and tensor index of the real 48B checkpoint, without weights."""
+    folder = SHARED / "kimi-linear-48b"
+    if not (folder / "config.json").exists():
+        pytest.skip("the 48B checkpoint's config and index are not beside this checkout")
+    return folder

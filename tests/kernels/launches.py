@@ -1,0 +1,99 @@
+"""Launches recorded without a GPU, and compiled for a card that is not here with Triton's own compiler."""
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from klquant.core.grid import Quantized
+from klquant.core.spec import WeightSpec
+
+# Compute capability → shared memory a block may have, in KiB.
+CARDS = {80: 163, 86: 99, 89: 99, 90: 227}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+            torch.int16: "*i16", torch.int8: "*i8"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the types and constants it is specialized for."""
+
+    kernel: object
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[str, ...]
+    warps: int
+
+    def __str__(self) -> str:
+        shape = " ".join(f"{name}={value}" for name, value in self.constants if name.isupper())
+        return f"{self.kernel.__name__} {shape} warps={self.warps} {dict(self.signature).get('x', '')}".strip()
+
+
+def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
+    """The launches that `run` makes; its tensors may be on the meta device."""
+    from triton.runtime.jit import JITFunction
+
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            JITFunction, "run", lambda kernel, *args, grid, warmup, **options: calls.append((kernel, args, options))
+        )
+        run()
+    for kernel, args, options in calls:
+        warps = options.pop("num_warps", 4)
+        values = dict(zip(kernel.arg_names, args, strict=False)) | options
+        signature, constants, divisible = {}, {}, []
+        for name in kernel.arg_names:
+            value = values[name]
+            if isinstance(value, torch.Tensor):
+                signature[name] = POINTERS[value.dtype]
+                divisible.append(name)
+            elif isinstance(value, int) and not name.isupper() and value != 1:
+                signature[name] = "i32"
+                if value % 16 == 0:
+                    divisible.append(name)
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "constexpr"
+                constants[name] = value
+        yield Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), warps)
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    shared: int
+    spilled: int
+
+
+def compile_for(launch: Launch, card: int) -> Resources:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    place = {name: (i,) for i, name in enumerate(launch.kernel.arg_names)}
+    source = ASTSource(
+        launch.kernel, dict(launch.signature), {place[name]: value for name, value in launch.constants},
+        {place[name]: [["tt.divisibility", 16]] for name in launch.divisible},
+    )  # fmt: skip
+    compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": launch.warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = dict(item.split(":") for item in report.split("REG:")[1].split("\n")[0].join(["REG:", ""]).split())
+    return Resources(int(used["REG"]), compiled.metadata.shared, int(used["STACK"]) + int(used["LOCAL"]))
+
+
+def meta_weight(shape: tuple[int, ...], bits: int, group: int = 128, symmetric: bool = True):
+    """A weight without values, of the model's own size."""
+    if bits == 16:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    spec = WeightSpec(bits=bits, group_size=group, symmetric=symmetric)
+    groups = (*shape[:-1], spec.groups(shape[-1]))
+    codes, scale = torch.empty(shape, dtype=torch.int8, device="meta"), torch.empty(groups, device="meta").bfloat16()
+    return Quantized(spec, codes, scale, None if symmetric else torch.empty(groups, dtype=torch.int8, device="meta"))

@@ -1,0 +1,93 @@
+"""Kernels compile for cards that are not here, fit their shared memory and spill nothing.
+
+Each launch the dispatch can make at the model's shapes is compiled for one of the cards in turn; with `-m slow`, which
+takes minutes, for all of them.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import cycle
+
+import pytest
+import torch
+
+from klquant.kernels.linear.dispatch import QuantMLP, apply_linear, pack_mlp, pack_weight
+from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
+from klquant.kernels.moe.tiles import FEW_TOKENS
+from tests.kernels.launches import CARDS, Launch, compile_for, meta_weight, record
+from tests.triton_interpreter import interpreting, needs_triton
+
+pytestmark = [needs_triton, pytest.mark.skipif(interpreting, reason="this process interprets kernels")]
+HIDDEN, INNER, EXPERTS, TOP = 2304, 1024, 256, 8
+# One token count for each row of the tables in tiles.py.
+LINEAR_TOKENS = (1, 16, 32, 128, 4096)
+EXPERT_TOKENS = (1, 16, 256, 1024, 4096, 16384)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def linear(bits: int, group: int = 128, symmetric: bool = True, dtype: torch.dtype = torch.bfloat16) -> Iterator:
+    for tokens in LINEAR_TOKENS:
+        for n in (4096, 576):
+            w = pack_weight(meta_weight((n, HIDDEN), bits, group, symmetric))
+            yield lambda w=w, tokens=tokens: apply_linear(meta(tokens, HIDDEN, dtype=dtype), w)
+
+
+def experts(bits: int, shared_bits: int, group: int = 128, dtype: torch.dtype = torch.bfloat16) -> Iterator:
+    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    shared = QuantMLP(*pack_mlp(*(meta_weight(s, shared_bits, group) for s in shapes)))
+    w = QuantExperts(*pack_mlp(*(meta_weight((EXPERTS, *s), bits, group) for s in shapes)), shared)
+    for tokens in EXPERT_TOKENS:
+        x = meta(tokens, HIDDEN, dtype=dtype)
+        weight, chosen = meta(tokens, TOP, dtype=torch.float32), meta(tokens, TOP, dtype=torch.int32)
+        beside = x if tokens > FEW_TOKENS else None
+        yield lambda args=(w, x, weight, chosen, beside): apply_experts(*args)
+    for tokens in LINEAR_TOKENS:
+        yield lambda tokens=tokens: apply_linear(meta(tokens, HIDDEN, dtype=dtype), shared.gate_up, gated=True)
+
+
+def router() -> Iterator:
+    from klquant.kernels.moe.router import route
+
+    yield lambda: route(meta(4, EXPERTS, dtype=torch.float32), meta(EXPERTS, dtype=torch.float32), TOP, 2.446, True)
+
+
+def launches(monkeypatch, *groups: Iterator) -> list[Launch]:
+    found = dict.fromkeys(launch for group in groups for run in group for launch in record(run, monkeypatch))
+    return list(found)
+
+
+def problems(pairs: Iterable[tuple[Launch, int]]) -> list[str]:
+    """Launches that do not fit a card, or spill more than the few words ptxas trades for another block beside."""
+    tried = ((launch, card, compile_for(launch, card)) for launch, card in pairs)
+    return [
+        f"sm{card} {launch}: {used}"
+        for launch, card, used in tried
+        if used.shared > CARDS[card] * 1024 or used.spilled > 16
+    ]
+
+
+def test_the_int4_recipe(monkeypatch):
+    assert not problems(zip(launches(monkeypatch, linear(8), experts(4, 8), router()), cycle(CARDS), strict=False))
+
+
+@pytest.mark.parametrize(
+    "group",
+    [linear(3), linear(4, 32, False), linear(8, -1, False, torch.float16), linear(16), linear(4, dtype=torch.float16)],
+    ids=["INT3", "INT4 g32 asym", "INT8 row asym FP16", "BF16", "INT4 FP16"],
+)
+def test_other_formats(group, monkeypatch):
+    found = launches(monkeypatch, group)
+    assert not problems([(found[0], 89), (found[-1], 90)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_every_launch_on_every_card(card, monkeypatch, request):
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("minutes: run it with -m slow")
+    plain = [linear(bits, dtype=dtype) for bits in (3, 4, 8, 16) for dtype in (torch.bfloat16, torch.float16)]
+    other = [linear(bits, group, symmetric) for bits in (3, 4, 8) for group in (32, -1) for symmetric in (True, False)]
+    mixed = [experts(4, 8), experts(3, 8), experts(8, 8), experts(4, 16, 32), experts(16, 16)]
+    assert not problems((launch, card) for launch in launches(monkeypatch, *plain, *other, *mixed, router()))

@@ -1,0 +1,96 @@
+"""On a CUDA GPU: fla's kernel is the plain recurrence, BF16 decode is BF16 prefill."""
+
+import pytest
+import torch
+
+from klquant.checkpoint.reader import CheckpointReader
+from klquant.model.delta import delta_path, kda_chunk, kda_chunk_fla
+from klquant.model.forward import Model, stream_logits
+from klquant.model.kda import KDAState, kda_mix
+from klquant.model.mla import LatentCache, mla_mix
+from tests.model.oracle import oracle
+from tests.model.test_delta import inputs
+
+pytestmark = pytest.mark.gpu
+LENGTHS = (1, 63, 64, 65, 1000)
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return Model.load(CheckpointReader.open(tiny), torch.bfloat16, "cuda")
+
+
+def relative(got, want):
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+@pytest.mark.parametrize("length", [2, 63, 64, 65, 1000])
+@pytest.mark.parametrize("decay", [0.1, 5.0, 100.0])
+def test_fla_equals_chunk(length, decay):
+    pytest.importorskip("fla")
+    q, k, v, g, beta, state = (x.float().cuda() for x in inputs(length, decay, dim=128))
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    before = state.clone()
+    for start in (None, state):
+        o, s = kda_chunk_fla(q, k, v, g, beta, start)
+        o_ref, s_ref = kda_chunk(q, k, v, g, beta, start)
+        assert o.dtype == torch.bfloat16 and s.dtype == torch.float32
+        assert relative(o, o_ref) < 0.01
+        assert relative(s, s_ref) < 0.01
+    assert torch.equal(state, before)
+
+
+def test_fp32_chunk_equals_cpu():
+    x = [t.float() for t in inputs(200, 3.0, dim=64)]
+    o, s = kda_chunk(*(t.cuda() for t in x))
+    o_ref, s_ref = kda_chunk(*x)
+    assert (o.cpu() - o_ref).abs().max() < 1e-5
+    assert (s.cpu() - s_ref).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_mixers_decode_as_they_prefill(model, length):
+    cfg = model.cfg
+    x = torch.randn(2, length, cfg.hidden_size, device="cuda").bfloat16()
+    for mix, layer, new in ((kda_mix, 0, KDAState.zeros), (mla_mix, 3, LatentCache.empty)):
+        w = model.layers[layer].attn
+        whole = mix(cfg, w, x)
+        for part in (1, 64, 65):
+            state = new(cfg, 2, torch.bfloat16, "cuda")
+            got = torch.cat([mix(cfg, w, y.contiguous(), state) for y in x.split(part, 1)], 1)
+            assert relative(got, whole) < 0.02, (mix.__name__, part)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_model_decodes_as_it_prefills(model, length):
+    """Rounding can flip a route of a random router, which moves that position far: hence the median."""
+    ids = torch.randint(0, model.cfg.vocab_size, (2, length), device="cuda")
+    whole = model.logits(ids).float()
+    for part in (1, 64):
+        state = model.new_state(2)
+        got = torch.cat([model.logits(x, state) for x in ids.split(part, 1)], 1).float()
+        assert got.isfinite().all()
+        assert ((got - whole).norm(dim=-1) / whole.norm(dim=-1)).median() < 0.03
+
+
+def test_fp32_logits_are_those_of_transformers(tiny):
+    model = Model.load(CheckpointReader.open(tiny), torch.float32, "cuda")
+    reference = oracle(tiny).cuda()
+    for length in LENGTHS:
+        ids = torch.randint(0, model.cfg.vocab_size, (2, length), device="cuda")
+        assert (model.logits(ids) - reference(ids).logits).abs().max() <= 1e-3
+
+
+def test_bf16_takes_fla_and_streams(model, tiny):
+    pytest.importorskip("fla")
+    assert delta_path(torch.device("cuda"), torch.bfloat16, 64) == "chunk_fla"
+    ids = torch.randint(0, model.cfg.vocab_size, (3, 100))
+    options = {"dtype": torch.bfloat16, "device": "cuda", "batch": 3}
+    got = torch.cat(list(stream_logits(CheckpointReader.open(tiny), ids, **options)))
+    assert torch.equal(got, model.logits(ids.cuda()))

@@ -1,0 +1,215 @@
+"""A run that was stopped, however and wherever, goes on and ends with the bytes of an undisturbed one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import klquant.pipeline.run as pipeline
+from klquant.errors import UserError
+from klquant.pipeline.journal import Journal
+from klquant.recipe.targets import TARGETS
+from tests.pipeline.build import RULES, TEXT, Stop, Stopped, digests, recipe, run, short_model, unfinished
+
+RENAMES = 22  # of an undisturbed run; `test_every_rename_was_tried` holds it to that
+CASES = {
+    **{f"before rename {n}": [["before", n]] for n in range(1, RENAMES + 1)},
+    "after the last rename of the state": [["after", RENAMES - 1]],
+    "after the first unit": [["done", "embedding"]],
+    "reading the text": [["phase", "calibration", "probing"]],
+    "in mid layer": [["phase", "layer 1", "experts"]],
+    "in the head": [["phase", "head", "head inputs"]],
+    "while a shard is written": [["block", 40]],
+    "while a stream is written": [["stream", 2]],
+    "while the state is removed": [["remove", 7]],
+    "again and again": [
+        ["before", 2], ["before", 4], ["phase", "layer 0", "MLP"], ["before", 7], ["before", 4],
+        ["phase", "layer 1", "experts"], ["before", 3], ["before", 5], ["before", 4],
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+    """Folder with every case's outcome, and how its processes ended."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "tests.pipeline.killed", str(folder), json.dumps(CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_runs_end_with_the_same_bytes(killed, case):
+    folder, ended = killed
+    assert ended[case] == [-9] * len(CASES[case]) + [0]
+    assert digests(folder / case) == digests(folder / "whole")
+    assert not unfinished(folder / case).exists()
+
+
+def test_every_rename_was_tried(model, tmp_path, monkeypatch):
+    calls = []
+    real = os.replace
+    monkeypatch.setattr("os.replace", lambda *args: (calls.append(args), real(*args)))
+    run(model, tmp_path / "out")
+    assert len(calls) == RENAMES
+
+
+def test_another_process_gets_the_same_bytes(killed, whole_digests):
+    assert digests(killed[0] / "whole") == whole_digests
+
+
+@pytest.fixture
+def stopped(model, tmp_path) -> Path:
+    """OUT of a run that stopped in its second layer."""
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        run(model, out, watcher=Stop("layer 1"))
+    return out
+
+
+def refused(out: Path, text: str, model: Path, *args, **options) -> None:
+    before = digests(unfinished(out))
+    with pytest.raises(UserError, match=text) as error:
+        run(model, out, *args, **options)
+    assert "\n" not in str(error.value) and not out.exists()
+    assert digests(unfinished(out)) == before
+
+
+def test_a_stopped_run_looks_like_nothing_whole(stopped):
+    assert not stopped.exists()
+    names = {path.name for path in unfinished(stopped).iterdir()}
+    assert not names & {"config.json", "model.safetensors.index.json", "klquant.json"}
+
+
+def test_without_resume_an_unfinished_run_is_not_touched(stopped, model):
+    refused(stopped, "an unfinished run is there; continue it with --resume", model)
+
+
+def test_resume_without_an_unfinished_run_begins_one(model, tmp_path, whole_digests):
+    run(model, tmp_path / "out", resume=True)
+    assert digests(tmp_path / "out") == whole_digests
+
+
+def test_other_weights_are_refused(stopped, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    shard = other / "model-00002-of-00002.safetensors"
+    tensors = load_file(shard)
+    tensors["lm_head.weight"][7, 7] += 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    refused(stopped, "was started with other weights; resume it as it was started", other, resume=True)
+
+
+def test_a_renamed_or_moved_model_is_not_another_one(stopped, model, tmp_path, whole_digests):
+    run(shutil.copytree(model, tmp_path / "moved"), stopped, resume=True)
+    assert digests(stopped) == whole_digests
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rules": RULES.replace("bits: 4", "bits: 3")},
+        {"rules": RULES.replace("gptq", "awq", 1)},
+        {"gptq": "refine_rounds: 1"},
+        {"text": TEXT.replace("window: 64", "window: 32")},
+    ],
+)
+def test_another_recipe_is_refused(stopped, model, changes):
+    refused(stopped, "was started with another recipe", model, recipe(**changes), resume=True)
+
+
+def test_another_target_is_refused(stopped, model, monkeypatch):
+    monkeypatch.setitem(TARGETS, "other", TARGETS["klquant"])
+    refused(stopped, "another recipe, target or tensor index", model, resume=True, target="other")
+
+
+def test_other_text_is_refused(stopped, model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Quite another text. " * 40)
+    refused(stopped, "was started with other calibration text", model, resume=True, calib=str(text))
+    refused(stopped, "was started with other calibration text", model, resume=True, calib="self")
+
+
+def test_another_shard_size_is_refused(stopped, model):
+    refused(stopped, "was started with another shard size", model, resume=True, shard_bytes=50_000)
+
+
+def test_another_kind_of_device_is_refused(stopped, model, monkeypatch):
+    """A GPU works in other precision and order."""
+    monkeypatch.setattr(pipeline, "pick_device", lambda name: torch.device("cuda"))
+    refused(stopped, "was started with another kind of device", model, resume=True, device="cuda")
+
+
+def test_every_change_is_named(stopped, model):
+    match = "another recipe, target or tensor index and another shard size"
+    refused(stopped, match, model, recipe(gptq="damp: 0.02"), resume=True, shard_bytes=50_000)
+
+
+@pytest.mark.parametrize("module", ["klquant", "torch"])
+def test_another_version_is_refused(stopped, model, monkeypatch, module):
+    monkeypatch.setattr(f"{module}.__version__", "0.0.9")
+    refused(stopped, f"was started with another version of {module}", model, resume=True)
+
+
+def test_two_runs_do_not_share_a_folder(stopped, model):
+    with Journal(stopped) as journal:
+        journal.find(resume=True)
+        refused(stopped, "another run is at work there", model, resume=True)
+
+
+def test_an_unfinished_run_of_another_format_is_refused(stopped, model):
+    file = unfinished(stopped) / ".state" / "purpose.json"
+    purpose = json.loads(file.read_text())
+    del purpose["expert_chunk"]
+    file.write_text(json.dumps(purpose))
+    refused(stopped, "another version of klquant", model, resume=True)
+
+
+@pytest.mark.parametrize("name", ["purpose.json", "unit-001.json", "text.safetensors", "quantized-002.bin"])
+def test_a_damaged_state_is_one_line(stopped, model, name):
+    file = unfinished(stopped) / ".state" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"{name}: .*delete .*out\.unfinished and start again"):
+        run(model, stopped, resume=True)
+    assert not stopped.exists()
+
+
+def test_free_memory_at_the_time_of_the_resume_does_not_matter(stopped, model, monkeypatch, whole_digests):
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1)
+    run(model, stopped, resume=True)
+    assert digests(stopped) == whole_digests
+
+
+def test_a_resumed_run_probes_nothing_again(stopped, model, monkeypatch):
+    monkeypatch.delattr("klquant.pipeline.text.draw_windows")
+    run(model, stopped, resume=True)
+
+
+def test_sampled_text_is_kept(tmp_path):
+    """Sampling takes long, and a GPU may sample other tokens the second time."""
+    model = short_model(tmp_path / "model")
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", watcher=Stop("head"), calib="self")
+    with pytest.raises(UserError, match="other calibration text"):
+        run(model, tmp_path / "out", resume=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("klquant.pipeline.text.sample_windows")
+        run(model, tmp_path / "out", resume=True, calib="self")
+    run(model, tmp_path / "again", calib="self")
+    assert digests(tmp_path / "out") == digests(tmp_path / "again")
+
+
+def test_streams_in_files_give_the_same_bytes(model, tmp_path, monkeypatch, whole_digests):
+    monkeypatch.setattr("klquant.pipeline.streams.MEMORY_SHARE", 0)
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", watcher=Stop("layer 1", "MLP"))
+    assert (unfinished(tmp_path / "out") / ".state" / "quantized.work").exists()
+    monkeypatch.undo()
+    run(model, tmp_path / "out", resume=True)
+    assert digests(tmp_path / "out") == whole_digests

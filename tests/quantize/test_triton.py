@@ -1,0 +1,132 @@
+"""The kernels of GPTQ: against the plain functions (interpreted here, at size on a GPU), and compiled for each card."""
+
+import pytest
+import torch
+
+from klquant.core.spec import WeightSpec
+from klquant.quantize import kernels
+from klquant.quantize.gptq import descend, gptq, layer_loss, refit_scales, sweep
+from klquant.quantize.rtn import fit_scales, rtn
+from tests.triton_interpreter import interpreting, needs_triton, run_interpreted
+
+pytestmark = needs_triton
+# Shared memory that a program may have on the card: compute capability → bytes.
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+
+
+@pytest.mark.slow
+def test_interpreted():
+    run_interpreted("tests/quantize/triton_cases.py")
+
+
+def test_a_cpu_takes_the_plain_functions():
+    assert not kernels.serve(torch.zeros(1))
+
+
+@pytest.mark.skipif(interpreting, reason="kernels are interpreted in this process")
+@pytest.mark.parametrize("card", SHARED_MEMORY)
+def test_kernels_compile(card):
+    from klquant.quantize.kernels.columns import round_block
+    from klquant.quantize.kernels.scales import normal_equations, search_groups
+
+    grid = {"QMIN": -8, "QMAX": 7}
+    block = grid | {"BLOCK": 128, "ROWS": 32}
+    names = ("d", "r", "matrix", "scale", "zero", "change", "w", "importance", "factors", "h", "a", "b")
+    pointers = dict.fromkeys(names, "*fp32") | {
+        "codes": "*i8",
+        "order": "*i32",
+        "best_scale": "*bf16",
+        "best_zero": "*i8",
+        "steps": "*bf16",
+    }
+    jobs = [
+        (round_block, block | {"REVISE": False, "zero": None, "change": None}, 1),
+        (round_block, block | {"REVISE": True}, 1),
+        (search_groups, grid | {"ROWS": 32, "WIDTH": 128}, 4),
+        (search_groups, grid | {"ROWS": 1, "WIDTH": 1 << 14, "importance": None, "best_zero": None}, 16),
+        (normal_equations, {"ROWS": 128, "COLUMNS": 128, "INNER": 32}, 8),
+        (normal_equations, {"ROWS": 128, "COLUMNS": 16, "INNER": 16}, 8),
+    ]
+    for kernel, constants, warps in jobs:
+        binary = compiled(kernel, pointers, constants, card, warps)
+        assert binary.metadata.shared <= SHARED_MEMORY[card]
+        assert ".local" not in binary.asm["ptx"]
+
+
+def compiled(kernel, pointers, constants, card, warps):
+    """The kernel built for a card that need not be there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {x: "constexpr" if x in constants else pointers.get(x, "i32") for x in names}
+    aligned = [x for x in names if signature[x].startswith("*") or x in ("n", "k", "width")]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(x),): value for x, value in constants.items()},
+        {(names.index(x),): [["tt.divisibility", 16]] for x in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps, "num_stages": 2})
+
+
+# On a card.
+
+SHAPES = [(3, 70, 384), (1, 4096, 512), (18, 256, 1024)]
+SPECS = [
+    WeightSpec(bits=4, group_size=128),
+    WeightSpec(bits=3, group_size=32, symmetric=False),
+    WeightSpec(bits=8, group_size=-1),
+]
+
+
+def problem(e, n, k, seed=0):
+    gen = torch.Generator("cuda").manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=gen, device="cuda")
+
+    x = noise(e, 2 * k, k) @ (noise(k, k) / k**0.5 + torch.eye(k, device="cuda"))
+    x *= torch.logspace(-1, 1, k, device="cuda")
+    return noise(e, n, k) / k**0.5, x.mT @ x / (2 * k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_stage_is_the_plain_one(shape, spec):
+    w, h = problem(*shape)
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    q = rtn(w, spec)
+
+    def loss(codes_or_q):
+        grid = codes_or_q if isinstance(codes_or_q, type(q)) else type(q)(spec, codes_or_q, q.scale, q.zero)
+        return layer_loss(w - grid.decode(), h)
+
+    got = fit_scales(w, spec, importance_K=diagonal)[0]
+    with kernels.plain():
+        want = fit_scales(w, spec, importance_K=diagonal)[0]
+    assert (got != want).float().mean() < 1e-3
+    stages = [
+        lambda: sweep(w, h, order, q.scale, q.zero, spec, 0.01)[0],
+        lambda: refit_scales(w, h, q),
+        lambda: descend(w, h, q),
+    ]
+    for stage in stages:
+        got = loss(stage())
+        with kernels.plain():
+            want = loss(stage())
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
+
+
+@pytest.mark.gpu
+def test_bytes_repeat_and_do_not_depend_on_how_many_experts_there_are():
+    spec = WeightSpec(bits=4, group_size=128)
+    w, h = problem(48, 256, 512)
+    whole, again = gptq(w, h, spec).quantized, gptq(w, h, spec).quantized
+    halves = [gptq(w[part], h[part], spec).quantized for part in (slice(0, 16), slice(16, 48))]
+    for name in ("codes", "scale"):
+        assert torch.equal(getattr(whole, name), getattr(again, name))
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
