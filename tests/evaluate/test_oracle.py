@@ -92,11 +92,12 @@ def test_the_testbed_fares_as_transformers_says(testbed, rounded, tmp_path):
     expected = by_hand(reference, oracle(rounded), ids_WS)
     assert 0.005 < expected["kld"] < 0.05
     compare(result.overall, expected, 0.01)
-    # BF16 rounds in other places here than in transformers: noise of one size, not the same noise. In a window the
-    # means differ by up to a half; over 4,096 tokens of four domains they are 0.00229 and 0.00231.
+    # BF16 rounds in other places here than in transformers, and on one CPU than on another: noise of one size, not the
+    # same noise. In a window the means differ by up to a half; over 4,096 tokens of four domains they are 0.00229 and
+    # 0.00231. Of 512 choices four standard errors of a difference are 4 %.
     expected = by_hand(reference, oracle(testbed, torch.bfloat16), ids_WS)
     assert result.floor.overall.perplexity == pytest.approx(expected["perplexity"], rel=0.01)
-    assert result.floor.overall.top1.mean == pytest.approx(expected["top1"], rel=0.02)
+    assert result.floor.overall.top1.mean == pytest.approx(expected["top1"], abs=0.04)
     assert result.floor.overall.kld.mean == pytest.approx(expected["kld"], rel=0.6)
 
 
