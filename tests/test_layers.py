@@ -12,7 +12,7 @@ LAYERS = [
     {"core"},
     {"checkpoint", "quantize", "kernels"},
     {"recipe", "model"},
-    {"calibrate"},
+    {"calibrate", "engine"},
     {"pipeline", "evaluate"},
     {"report"},
     {"cli"},

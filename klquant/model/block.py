@@ -8,7 +8,7 @@ from klquant.model.kda import KDAState, kda_mix
 from klquant.model.mla import LatentCache, mla_mix
 from klquant.model.moe import mlp, moe
 from klquant.model.norm import rms_norm
-from klquant.model.weights import LayerWeights, MLAWeights, MoEWeights, linear
+from klquant.model.weights import LayerWeights, MLAWeights, MoEWeights, PackedMoE, linear
 
 State = KDAState | LatentCache
 
@@ -34,7 +34,7 @@ def attend(cfg: KimiLinearConfig, w: LayerWeights, h_BSC: Tensor, state: State |
 def feed(cfg: KimiLinearConfig, w: LayerWeights, h_BSC: Tensor) -> Tensor:
     """The layer's second half: h + mlp(norm(h))."""
     x_TC = mlp_inputs(cfg, w, h_BSC)
-    y_TC = moe(cfg, w.mlp, x_TC) if isinstance(w.mlp, MoEWeights) else mlp(w.mlp, x_TC)
+    y_TC = moe(cfg, w.mlp, x_TC) if isinstance(w.mlp, MoEWeights | PackedMoE) else mlp(w.mlp, x_TC)
     return h_BSC + y_TC.view_as(h_BSC)
 
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.model.weights import MLPWeights, MoEWeights, linear
+from klquant.model.weights import MLPOp, MLPWeights, MoEWeights, PackedMoE, linear
 
 
-def route(cfg: KimiLinearConfig, w: MoEWeights, x_TC: Tensor) -> tuple[Tensor, Tensor]:
+def route(cfg: KimiLinearConfig, w: MoEWeights | PackedMoE, x_TC: Tensor) -> tuple[Tensor, Tensor]:
     """Experts of each token, best first: (weight [T, R] FP32, expert [T, R] int64).
 
     The bias takes part in the choice and not in the weight. With several groups only the experts of the `topk_group`
@@ -49,9 +49,9 @@ def experts(cfg: KimiLinearConfig, w: MoEWeights, x_TC: Tensor, weight_TR: Tenso
     return out_TC.to(x_TC.dtype)
 
 
-def mlp(w: MLPWeights, x: Tensor) -> Tensor:
+def mlp(w: MLPWeights | MLPOp, x: Tensor) -> Tensor:
     """down(silu(gate(x)) · up(x))."""
-    return linear(activate(w, x), w.down_proj)
+    return linear(activate(w, x), w.down_proj) if isinstance(w, MLPWeights) else w(x)
 
 
 def activate(w: MLPWeights, x: Tensor) -> Tensor:
@@ -59,6 +59,9 @@ def activate(w: MLPWeights, x: Tensor) -> Tensor:
     return F.silu(linear(x, w.gate_proj)) * linear(x, w.up_proj)
 
 
-def moe(cfg: KimiLinearConfig, w: MoEWeights, x_TC: Tensor) -> Tensor:
+def moe(cfg: KimiLinearConfig, w: MoEWeights | PackedMoE, x_TC: Tensor) -> Tensor:
     """Routed experts plus the shared one."""
-    return experts(cfg, w, x_TC, *route(cfg, w, x_TC)) + mlp(w.shared, x_TC)
+    weight_TR, expert_TR = route(cfg, w, x_TC)
+    if isinstance(w, PackedMoE):
+        return w.experts(x_TC, weight_TR, expert_TR.int())
+    return experts(cfg, w, x_TC, weight_TR, expert_TR) + mlp(w.shared, x_TC)

@@ -92,6 +92,18 @@ class MLPWeights:
     down_proj: Linear
 
 
+class MLPOp(Protocol):
+    """A whole MLP that knows how to apply itself to x [..., C]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class ExpertsOp(Protocol):
+    """All experts of a layer, the shared one included: x [T, C], weight [T, R] FP32, expert [T, R] int32 → [T, C]."""
+
+    def __call__(self, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class MoEWeights:
     """router [E, C] and router_bias [E] in FP32; experts' gate w1 and up w3 [E, I, C], down w2 [E, C, I]."""
@@ -102,6 +114,15 @@ class MoEWeights:
     w3: Tensor
     w2: Tensor
     shared: MLPWeights
+
+
+@dataclass(frozen=True)
+class PackedMoE:
+    """A layer of experts as the engine holds it. router [E, C] and router_bias [E] as in MoEWeights."""
+
+    router: Tensor
+    router_bias: Tensor
+    experts: ExpertsOp
 
 
 # Field → hub name behind `model.layers.L.`. `{}` is the expert: such a field is a stack over experts.
@@ -140,7 +161,7 @@ class LayerWeights:
     input_norm: Tensor
     attn: KDAWeights | MLAWeights
     post_norm: Tensor
-    mlp: MLPWeights | MoEWeights
+    mlp: MLPWeights | MLPOp | MoEWeights | PackedMoE
 
     @classmethod
     def load(cls, source: WeightSource, layer: int, dtype: torch.dtype, device: torch.device | str) -> "LayerWeights":

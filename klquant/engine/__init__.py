@@ -1,0 +1,1 @@
+"""The engine: packed weights on their devices, and what runs them."""
