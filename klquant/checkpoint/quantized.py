@@ -57,10 +57,17 @@ def decompress(tensors: Mapping[str, Tensor], spec: WeightSpec) -> Quantized:
     """The inverse of `compress`. `tensors` by their own names (`weight_packed`, …) or with a module's before them."""
     parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
     n, k = parts["weight_shape"].tolist()
+    return unpack_parts(parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point"), spec, n, k)
+
+
+def unpack_parts(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: WeightSpec, n: int, k: int
+) -> Quantized:
+    """`Quantized` [.., N, K] of the stored tensors of one weight, or of several stacked, on their device."""
     zero = None
     if not spec.symmetric:
-        zero = unpack(parts["weight_zero_point"].T.contiguous(), spec.bits, n).T.contiguous()
-    return Quantized(spec, unpack(parts["weight_packed"], spec.bits, k), parts["weight_scale"], zero)
+        zero = unpack(zero_point.mT.contiguous(), spec.bits, n).mT.contiguous()
+    return Quantized(spec, unpack(packed, spec.bits, k), scale, zero)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class QuantizedReader:
         """A module's codes and scales. Raises UserError when they are damaged."""
         spec = self.spec(module)
         assert spec is not None, f"{module} is not quantized"
-        shape = self._shape(module)
+        shape = self.shape(module)
         tensors = {}
         for name, (_, size) in packed_layout(module, shape, spec).items():
             info = self.files.info(name)
@@ -153,15 +160,16 @@ class QuantizedReader:
         module, _, part = name.rpartition(".")
         if part == "weight_scale" and not bool((tensor > 0).all()):
             raise UserError(f"{self.files.info(name).shard}: tensor {name} holds a scale that is not positive")
-        if part == "weight_shape" and tuple(tensor.tolist()) != self._shape(module):
+        if part == "weight_shape" and tuple(tensor.tolist()) != self.shape(module):
             raise UserError(
                 f"{self.files.info(name).shard}: tensor {name} says {tensor.tolist()}, "
-                f"but {CONFIG} implies {list(self._shape(module))}"
+                f"but {CONFIG} implies {list(self.shape(module))}"
             )
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return expected_tensors(self.config)
 
-    def _shape(self, module: str) -> tuple[int, ...]:
+    def shape(self, module: str) -> tuple[int, ...]:
+        """[N, K] of a module's weight."""
         return self._shapes[f"{module}.weight"]

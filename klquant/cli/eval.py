@@ -41,8 +41,8 @@ def command(
     The same command again goes on where it was stopped.
     """
     from klquant.cli.eval_table import Bar, print_result
+    from klquant.core.device import pick_device
     from klquant.evaluate.run import evaluate
-    from klquant.pipeline.run import pick_device
 
     if floor and against is None:
         raise click.UsageError("--floor needs --against")

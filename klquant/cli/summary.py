@@ -10,8 +10,9 @@ from rich.text import Text
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.render import count, decimal
 from klquant.cli.spell import duration, percent, place, some
+from klquant.core.device import pick_device
 from klquant.core.memory import free_memory
-from klquant.pipeline.run import RunOptions, pick_device
+from klquant.pipeline.run import RunOptions
 from klquant.recipe.plan import Plan
 from klquant.recipe.schema import CalibrationParams
 

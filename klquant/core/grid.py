@@ -5,12 +5,13 @@ Scales are rounded to the dtype they are stored in before any code is chosen, so
 error of what is written to disk.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from klquant.core.spec import WeightSpec
+from klquant.core.spec import WHOLE_ROW, WeightSpec
 
 SCALE_DTYPE = torch.bfloat16
 
@@ -52,8 +53,32 @@ class Quantized:
         zero = None if self.zero is None else self.zero[..., order_N, :]
         return replace(self, codes=self.codes[..., order_N, :], scale=self.scale[..., order_N, :], zero=zero)
 
+    def on(self, spec: WeightSpec) -> "Quantized":
+        """The same values on a grid that holds them: at least as many bits, groups that divide these, zero points."""
+        if spec == self.spec:
+            return self
+        k, groups = self.codes.shape[-1], spec.groups(self.codes.shape[-1])
+        repeats = groups // self.scale.shape[-1]
+        zero = self.zero
+        if zero is None and not spec.symmetric:
+            zero = torch.zeros_like(self.scale, dtype=torch.int8)
+        assert spec.bits >= self.spec.bits and self.spec.width(k) % spec.width(k) == 0, (self.spec, spec)
+        assert zero is None or not spec.symmetric, (self.spec, spec)
+        scale, zero = (None if t is None else t.repeat_interleave(repeats, -1) for t in (self.scale, zero))
+        return Quantized(spec, self.codes, scale, zero)
+
     def __getitem__(self, i: int) -> "Quantized":
         return replace(self, codes=self.codes[i], scale=self.scale[i], zero=None if self.zero is None else self.zero[i])
+
+
+def common_grid(specs: Iterable[WeightSpec]) -> WeightSpec:
+    """The smallest grid that holds the values of every one of `specs` (`Quantized.on`)."""
+    specs = list(specs)
+    sizes = [s.group_size for s in specs if s.group_size != WHOLE_ROW]
+    return WeightSpec(
+        bits=max(s.bits for s in specs), group_size=min(sizes, default=WHOLE_ROW),
+        symmetric=all(s.symmetric for s in specs),
+    )  # fmt: skip
 
 
 def encode(w_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, spec: WeightSpec) -> Tensor:

@@ -83,12 +83,16 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class EngineWeights:
-    """A whole model. The embedding [V, C] may be on the CPU; the head is on the last layer's device."""
+    """A whole model. The embedding [V, C] may be on the CPU (pinned); the head is on the last layer's device.
+
+    `notes` says, a line each, what is held otherwise than it is stored, to be shown to the user.
+    """
 
     cfg: KimiLinearConfig
     embedding_VC: Tensor
     layers: tuple[EngineLayer, ...]
     head: Head
+    notes: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:

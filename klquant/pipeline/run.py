@@ -23,6 +23,7 @@ from klquant.checkpoint.writer import (
     write_json,
     write_safetensors,
 )
+from klquant.core.device import pick_device
 from klquant.core.memory import free_memory
 from klquant.errors import UserError
 from klquant.pipeline.journal import PROVENANCE, Journal, Purpose
@@ -98,21 +99,6 @@ def check_model(reader: CheckpointReader) -> None:
     if "quantization_config" in reader.raw_config:
         raise UserError(f"{reader.folder / CONFIG}: this checkpoint is quantized already; start from the 16-bit one")
     reader.check_complete()
-
-
-def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda` or `cuda:N`. Raises UserError when there is no such device."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(f"device {name}: {count} CUDA device(s) found here; use --device cpu, or check the driver")
-    elif device.type != "cpu":
-        raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N")
-    return device
 
 
 def _expert_chunk(reader: CheckpointReader, device: torch.device) -> int:

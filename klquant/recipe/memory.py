@@ -4,8 +4,9 @@ Weights, latent cache and KDA state are exact; workspace and runtime are estimat
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from klquant.checkpoint.config import KimiLinearConfig
 
@@ -26,29 +27,31 @@ CARDS: dict[str, tuple[int, float]] = {
     "80 GB": (1, 79.1),
 }
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(block_sparse_moe\.experts\.)?")
 
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Stored bytes of the embedding, of each layer, and of final norm and head."""
+    """Stored bytes of the embedding, of each layer, of final norm and head; and what of a layer is routed experts."""
 
     embedding: int
     layers: tuple[int, ...]
     final: int
+    routed: tuple[int, ...]
 
     @classmethod
     def of(cls, nbytes: Mapping[str, int], num_layers: int) -> "WeightSizes":
         """From stored tensor name → bytes, packed or plain."""
-        embedding, layers, final = 0, [0] * num_layers, 0
+        embedding, layers, final, routed = 0, [0] * num_layers, 0, [0] * num_layers
         for name, size in nbytes.items():
             if (match := _LAYER.match(name)) is not None:
                 layers[int(match[1])] += size
+                routed[int(match[1])] += size if match[2] else 0
             elif name.startswith("model.embed_tokens."):
                 embedding += size
             else:
                 final += size
-        return cls(embedding, tuple(layers), final)
+        return cls(embedding, tuple(layers), final, tuple(routed))
 
     @property
     def total(self) -> int:
@@ -60,7 +63,9 @@ class Memory:
     """Predicted device memory for `sequences` sequences that hold `context` tokens together.
 
     `runtime` is per device; the other parts are over all devices, but for `workspace`, which each device needs.
-    `stages`: bytes of the embedding (0 on the CPU), each layer with its cache and state, and final norm with head.
+    By layer: `stages`, its weights, cache and state; `reads`, what of that a token reads at batch 1 when the cache is
+    full, its state twice, for it is written as well. The embedding (unless on the CPU) goes with the first layer, final
+    norm and head with the last.
     """
 
     context: int
@@ -73,6 +78,7 @@ class Memory:
     workspace: int
     runtime: int
     stages: tuple[int, ...]
+    reads: tuple[int, ...]
 
     @property
     def total(self) -> int:
@@ -81,7 +87,8 @@ class Memory:
 
     def needed(self, devices: int) -> int:
         """Bytes of the fullest of `devices` equal devices, layers split over them as evenly as they can be."""
-        return _split(self.stages, devices) + self.workspace + self.runtime
+        most = best_split(self.stages, self.stages, [self.total] * devices).cost
+        return most + self.workspace + self.runtime
 
     def fits(self) -> list[str]:
         """The names in CARDS that hold it."""
@@ -106,7 +113,14 @@ def predict_memory(
     latent = context * latent_bytes(config, cache_bits)
     state = sequences * kda_state_bytes(config)
     embedding = 0 if embedding_on_cpu else weights.embedding
-    layers = tuple(size + (latent if config.is_mla(i) else state) for i, size in enumerate(weights.layers))
+    stages, reads = [], []
+    for i, (size, routed) in enumerate(zip(weights.layers, weights.routed, strict=True)):
+        used = size - routed + routed * config.top_k // config.num_experts
+        stages.append(size + (latent if config.is_mla(i) else state))
+        reads.append(used + (latent if config.is_mla(i) else 2 * state))
+    stages[0] += embedding
+    stages[-1] += weights.final
+    reads[-1] += weights.final
     kda_layers = config.num_layers - len(config.mla_layers)
     return Memory(
         context=context,
@@ -118,7 +132,8 @@ def predict_memory(
         kda_state=state * kda_layers,
         workspace=workspace_estimate(config, min(context, PREFILL_CHUNK), sequences),
         runtime=RUNTIME_ESTIMATE,
-        stages=(embedding, *layers, weights.final),
+        stages=tuple(stages),
+        reads=tuple(reads),
     )
 
 
@@ -150,8 +165,35 @@ def workspace_estimate(config: KimiLinearConfig, tokens: int, sequences: int) ->
     return tokens * (residual + max(kda, mla, moe, dense)) + logits
 
 
-def _split(stages: tuple[int, ...], devices: int) -> int:
-    """The least possible size of the largest of `devices` runs of consecutive stages."""
-    if devices == 1 or len(stages) < 2:
-        return sum(stages)
-    return min(max(sum(stages[:i]), _split(stages[i:], devices - 1)) for i in range(1, len(stages) + 1))
+@dataclass(frozen=True)
+class Split:
+    """A row of stages cut into one run a device. `ends`: the stage after each run's last; `missing`: bytes that do not
+    fit; `cost`: of the costliest run."""
+
+    missing: int
+    cost: int
+    ends: tuple[int, ...]
+
+
+def best_split(sizes: Sequence[int], costs: Sequence[int], rooms: Sequence[int]) -> Split:
+    """The split of stages over devices with `rooms` bytes each, in order, that misses least and then costs least.
+
+    A run may be empty, and then its device's room, which can be less than nothing, does not matter.
+    """
+    size, cost = ([0, *accumulate(x)] for x in (sizes, costs))
+    count = len(sizes)
+
+    def over(start: int, end: int, room: int) -> int:
+        return max(0, size[end] - size[start] - room) if end > start else 0
+
+    best = {0: (0, 0, ())}  # stages placed so far → what placing them on the devices so far comes to
+    for room in rooms:
+        best = {
+            end: min(
+                (missing + over(start, end, room), max(most, cost[end] - cost[start]), (*ends, end))
+                for start, (missing, most, ends) in best.items()
+                if start <= end
+            )
+            for end in range(count + 1)
+        }
+    return Split(*best[count])

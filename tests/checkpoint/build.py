@@ -54,9 +54,13 @@ def round_to_grid(w_NK: Tensor, spec: WeightSpec) -> Quantized:
 
 
 def quantized_checkpoint(
-    folder: Path, raw: dict, rule: Callable[[TensorKey], WeightSpec | None] = int4_rule, max_bytes: int = 1 << 30
-) -> dict[str, Tensor]:
-    """Write a quantized folder with provenance; returns the dequantized weights under their hub names."""
+    folder: Path, raw: dict, rule: Callable[[TensorKey], WeightSpec | None] = int4_rule, max_bytes: int = 1 << 30,
+    describe: Callable[..., dict] = quantization_config,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Write a quantized folder with provenance; returns the dequantized weights under their hub names.
+
+    `describe` makes its quantization_config of the specs, the names that are kept, and the config.
+    """
     folder.mkdir(parents=True)
     config = KimiLinearConfig.from_dict(raw)
     assignments, kept = assign(config, rule)
@@ -73,11 +77,26 @@ def quantized_checkpoint(
     shards = plan_shards(layer_units(sizes), max_bytes)
     records = [write_safetensors(folder / s.file, {n: stored[n] for n in s.names}, {"format": "pt"}) for s in shards]
     write_index(folder, shards, sizes)
-    config_json = raw | {"quantization_config": quantization_config(assignments, kept, config)}
+    config_json = raw | {"quantization_config": describe(assignments, kept, config)}
     write_json(folder / "config.json", config_json)
     write_json(folder / PROVENANCE, {"shards": {r.file: {"sha256": r.sha256, "bytes": r.nbytes} for r in records}})
     write_tokenizer(folder, raw["vocab_size"])
     return plain
+
+
+def by_name(assignments: dict[str, WeightSpec], kept: list[str], config: KimiLinearConfig) -> dict:
+    """A quantization_config as another tool may write it: every module by its name, a format for every group."""
+    targets: dict[WeightSpec, list[str]] = {}
+    for module, spec in assignments.items():
+        targets.setdefault(spec, []).append(module)
+    groups = {}
+    for i, (spec, names) in enumerate(targets.items()):
+        weights = {"num_bits": spec.bits, "type": "int", "symmetric": spec.symmetric, "dynamic": False}
+        weights |= (
+            {"strategy": "channel"} if spec.group_size < 0 else {"strategy": "group", "group_size": spec.group_size}
+        )
+        groups[f"group_{i}"] = {"targets": names, "format": "pack-quantized", "weights": weights}
+    return {"quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": kept, "config_groups": groups}
 
 
 def edit_json(path: Path, change: Callable[[dict], None]) -> None:

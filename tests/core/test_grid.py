@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klquant.core.grid import Quantized, decode, encode
+from klquant.core.grid import Quantized, common_grid, decode, encode
 from klquant.core.spec import WHOLE_ROW, WeightSpec
 from klquant.errors import UserError
 
@@ -72,3 +72,17 @@ def test_a_batch_of_experts_decodes_as_each_alone():
 def test_a_group_that_does_not_divide_k_is_refused_by_name():
     with pytest.raises(UserError, match=r"model\.x: 100 input features .* group size 32"):
         WeightSpec(bits=4, group_size=32).groups(100, "model.x")
+
+
+@settings(max_examples=100, deadline=None)
+@given(specs=st.lists(SPECS, min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_a_common_grid_holds_the_same_values(specs, seed):
+    joint, k = common_grid(specs), 256
+    for spec in specs:
+        codes = torch.randint(spec.qmin, spec.qmax + 1, (3, k), generator=torch.Generator().manual_seed(seed))
+        w = Quantized(spec, codes.to(torch.int8), *grid(spec, 3, k, seed))
+        there = w.on(joint)
+        assert there.spec == joint
+        assert there.scale.shape == (3, joint.groups(k))
+        assert (there.zero is None) == joint.symmetric
+        assert torch.equal(there.decode(), w.decode())

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from klquant.kernels.linear.layout import interleave, pack, pack_plain, split_rows, unpack, values
+from klquant.kernels.linear.dispatch import pack_weight
+from klquant.kernels.linear.layout import interleave, pack, pack_plain, packed_bytes, split_rows, unpack, values
 from tests.kernels.build import exact, random_weight
 
 
@@ -44,3 +45,26 @@ def test_interleaved_rows_come_apart_again(bits):
     packed = interleave(*((pack_plain if bits == 16 else pack)(w) for w in pieces))
     for rows, w in zip(split_rows(values(packed, torch.float64), 40), pieces, strict=True):
         assert torch.equal(rows, exact(w))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4, 8, 16])
+def test_rows_are_views(bits, symmetric):
+    w = random_weight((200, 96), bits, 32, symmetric)
+    packed = pack_weight(w)
+    for start, stop in ((0, 64), (64, 200), (128, 150)):
+        part = packed.rows(start, stop)
+        assert torch.equal(values(part, torch.float64), exact(w)[start:stop])
+        assert part.row_bricks % 4 == 0  # whole tiles of 64 rows
+        for a, b in zip(part.tensors, packed.tensors, strict=True):
+            assert a is None or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("row_multiple", [64, 192])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+@pytest.mark.parametrize("bits", [3, 4, 8, 16])
+def test_bytes_are_known_without_packing(bits, group, symmetric, row_multiple):
+    w = random_weight((70, 384), bits, group, symmetric)
+    packed = pack_weight(w, row_multiple)
+    assert packed.nbytes == packed_bytes(packed.spec, 70, 384, row_multiple=row_multiple)

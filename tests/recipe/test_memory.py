@@ -61,7 +61,8 @@ def test_parts_add_up(big):
 
 def test_two_cards_take_the_best_split():
     parts = dict.fromkeys(("context", "sequences", "cache_bits", "weights", "latent_cache", "kda_state"), 0)
-    memory = Memory(**parts, embedding_on_cpu=False, workspace=10, runtime=5, stages=(7, 1, 1, 1, 8))
+    stages = 7, 1, 1, 1, 8
+    memory = Memory(**parts | {"weights": 18}, embedding_on_cpu=False, workspace=10, runtime=5, stages=stages, reads=())
     assert memory.needed(2) == 9 + 15  # 7 1 1 | 1 8
     assert memory.needed(3) == 8 + 15
 
@@ -72,11 +73,12 @@ def test_sizes_by_place_of_packed_and_plain_names():
             "model.embed_tokens.weight": 1, "model.layers.0.mlp.up_proj.weight_packed": 2,
             "model.layers.1.self_attn.A_log": 4, "model.layers.1.mlp.up_proj.weight_scale": 8,
             "model.norm.weight": 16, "lm_head.weight_packed": 32,
+            "model.layers.1.block_sparse_moe.experts.0.w1.weight_packed": 64,
         },
         2,
     )  # fmt: skip
-    assert of == WeightSizes(1, (2, 12), 48)
-    assert of.total == 63
+    assert of == WeightSizes(1, (2, 76), 48, (0, 64))
+    assert of.total == 127
 
 
 def test_contexts_stop_at_what_the_model_can():

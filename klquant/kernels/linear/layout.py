@@ -104,6 +104,15 @@ class Packed:
     def __getitem__(self, expert: int | slice) -> "Packed":
         return self.map(lambda t: t[expert])
 
+    def rows(self, start: int, stop: int) -> "Packed":
+        """Rows [start, stop) of a weight [N, K], as views. `start` is a multiple of ROW_MULTIPLE.
+
+        What fills the last tile are the rows that follow; a kernel computes them and stores `stop - start`.
+        """
+        assert start % ROW_MULTIPLE == 0 and 0 <= start < stop <= self.n, (start, stop, self.n)
+        first, last = start // ROWS, -(-stop // ROW_MULTIPLE) * ROW_MULTIPLE // ROWS
+        return replace(self.map(lambda t: t[first:last]), n=stop - start)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Packed":
         """The same weight with every tensor changed."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -152,6 +161,24 @@ def pack_plain(w: Tensor, row_multiple: int = ROW_MULTIPLE) -> Packed:
     padded = _pad(w.bfloat16(), -n % row_multiple, -k % CHUNK)
     words = padded.unflatten(-1, (-1, CHUNK)).unflatten(-3, (-1, ROWS)).transpose(-3, -2)
     return Packed(None, n, k, words.contiguous().view(torch.int16))
+
+
+def padded_inputs(spec: WeightSpec | None, k: int) -> int:
+    """Inputs of a weight [N, K] in whole bricks. `spec` None: 16 bits."""
+    inputs = brick_inputs(16 if spec is None else spec.bits)
+    return -(-k // inputs) * inputs
+
+
+def packed_bytes(
+    spec: WeightSpec | None, n: int, k: int, scale_bytes: int = 2, row_multiple: int = ROW_MULTIPLE
+) -> int:
+    """`nbytes` of a weight [N, K] packed, without packing it. `scale_bytes`: of one scale."""
+    rows, inputs = -(-n // row_multiple) * row_multiple, padded_inputs(spec, k)
+    if spec is None:
+        return rows * inputs * 2
+    groups = 1 if spec.group_size == WHOLE_ROW else -(-inputs // spec.group_size)
+    zero_bytes = 0 if spec.symmetric else ZERO_DTYPE.itemsize
+    return rows * (inputs * spec.bits // 8 + groups * (scale_bytes + zero_bytes))
 
 
 def interleave(gate: Packed, up: Packed) -> Packed:

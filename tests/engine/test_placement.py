@@ -1,0 +1,155 @@
+"""Layers over devices: in order, once each, within every budget, and split as well as any split is."""
+
+from itertools import combinations_with_replacement
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from klquant.engine import placement as module
+from klquant.engine.placement import CPU, PARTS, find_devices, plan_placement
+from klquant.engine.sizes import held_sizes
+from klquant.engine.synthetic import parse_synthetic, synthetic_outline, synthetic_plan
+from klquant.errors import UserError
+from klquant.recipe.memory import GIB, WeightSizes, best_split, predict_memory
+from tests.recipe.build import index
+
+CONFIG = index()[0]
+CARDS = [torch.device("cuda", i) for i in range(3)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    stages=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6),
+    rooms=st.lists(st.integers(-3, 20), min_size=1, max_size=3),
+)
+def test_no_split_is_better_than_the_best(stages, rooms):
+    sizes, costs = zip(*stages, strict=True)
+
+    def judge(ends: tuple[int, ...]) -> tuple[int, int]:
+        runs = [slice(a, b) for a, b in zip((0, *ends), ends, strict=False)]
+        over = [max(0, sum(sizes[r]) - room) if r.stop > r.start else 0 for r, room in zip(runs, rooms, strict=True)]
+        return sum(over), max(sum(costs[r]) for r in runs)
+
+    count = len(stages)
+    every = [(*cuts, count) for cuts in combinations_with_replacement(range(count + 1), len(rooms) - 1)]
+    split = best_split(sizes, costs, rooms)
+    assert (split.missing, split.cost) == judge(split.ends) == min(judge(ends) for ends in every)
+
+
+@st.composite
+def models(draw):
+    size = st.integers(1, 1000).map(lambda x: x << 20)
+    layers = draw(st.lists(size, min_size=4, max_size=4))
+    routed = (0, *(layer // 2 for layer in layers[1:]))
+    return WeightSizes(draw(size), tuple(layers), draw(size), routed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    models(), st.lists(st.integers(100, 4000).map(lambda x: x << 20), min_size=1, max_size=3), st.sampled_from([8, 16])
+)
+def test_a_placement_keeps_every_promise_or_says_what_is_missing(sizes, rooms, cache_bytes):
+    devices = dict(zip(CARDS, rooms, strict=False))
+    options = {"context": 4096, "sequences": 3, "cache_bits": 8 * cache_bytes}
+    try:
+        found = plan_placement(CONFIG, sizes, devices, **options)
+    except UserError as error:
+        assert "GiB are missing" in str(error) and "\n" not in str(error)
+        return
+    assert [i for share in found.shares for i in share.layers] == list(range(CONFIG.num_layers))
+    order = [list(devices).index(share.device) for share in found.shares]
+    assert order == sorted(set(order))
+    assert len(found.layers) == CONFIG.num_layers
+    for share in found.shares:
+        assert share.layers and share.total <= share.room == devices[share.device]
+    assert found.head == found.layers[-1]
+    on_cpu = found.memory.embedding_on_cpu
+    assert found.embedding == (CPU if on_cpu else found.layers[0])
+    for part in PARTS[:3]:
+        assert sum(getattr(share, part) for share in found.shares) == getattr(found.memory, part)
+    if on_cpu:
+        memory = predict_memory(CONFIG, sizes, **options)
+        rooms = [room - memory.workspace - memory.runtime for room in rooms]
+        assert best_split(memory.stages, memory.reads, rooms).missing
+
+
+def test_equal_cards_read_alike_and_unequal_ones_as_far_as_they_have_room():
+    sizes = WeightSizes(0, (GIB,) * 4, 0, (0,) * 4)
+    room = predict_memory(CONFIG, sizes, 1024).workspace + predict_memory(CONFIG, sizes, 1024).runtime
+
+    def layers(*gib: float) -> list[int]:
+        devices = {card: int(g * GIB) + room for card, g in zip(CARDS, gib, strict=False)}
+        shares = plan_placement(CONFIG, sizes, devices, context=1024).shares
+        return [len(share.layers) for share in shares]
+
+    assert layers(9) == [4]
+    assert layers(9, 9) == [2, 2]
+    assert layers(1.5, 9) == [1, 3]
+    assert layers(0.5, 9) == [4]
+
+
+@pytest.fixture(scope="module")
+def big():
+    config, _ = parse_synthetic("kimi-linear-48b")
+    return config, held_sizes(synthetic_outline(config, "int4"), torch.bfloat16)
+
+
+def test_the_48b_with_a_million_tokens_is_on_two_24_gb_cards(big):
+    config, sizes = big
+    cards = dict.fromkeys(CARDS[:2], int(23.5 * GIB))
+    assert not plan_placement(config, sizes, cards, context=1 << 20, cache_bits=8).memory.embedding_on_cpu
+    found = plan_placement(config, sizes, cards, context=8192)
+    reads = [sum(found.memory.reads[i] for i in share.layers) for share in found.shares]
+    assert max(reads) < 1.1 * min(reads)
+
+
+def test_what_would_fit_does(big):
+    config, sizes = big
+    card = {CARDS[0]: int(23.5 * GIB)}
+    with pytest.raises(UserError, match=r"what would fit: the recipe int3$"):
+        plan_placement(config, sizes, card, context=131_072)
+    int3 = synthetic_plan(config, "int3").weight_sizes
+    plan_placement(config, int3, card, context=131_072)
+    two = dict.fromkeys(CARDS[:2], 16 * GIB)
+    with pytest.raises(UserError, match=r"an 8-bit latent cache; a context of ([\d,]+) tokens") as error:
+        plan_placement(config, sizes, two, context=1 << 20)
+    plan_placement(config, sizes, two, context=1 << 20, cache_bits=8)
+    shorter = int(str(error.value).split("a context of ")[1].split(" ")[0].replace(",", ""))
+    plan_placement(config, sizes, two, context=shorter)
+    with pytest.raises(UserError):
+        plan_placement(config, sizes, two, context=shorter + 1024)
+
+
+def test_the_reported_shortage_is_what_was_missing(big):
+    config, sizes = big
+    room = 20 * GIB
+    with pytest.raises(UserError) as error:
+        plan_placement(config, sizes, {CARDS[0]: room}, context=8192)
+    missing = float(str(error.value).split(" GiB are missing")[0].rpartition(" ")[2])
+    plan_placement(config, sizes, {CARDS[0]: room + int((missing + 0.01) * GIB)}, context=8192)
+    with pytest.raises(UserError):
+        plan_placement(config, sizes, {CARDS[0]: room + int((missing - 0.01) * GIB)}, context=8192)
+
+
+def test_devices_by_name(monkeypatch):
+    assert find_devices("cpu") == {CPU: pytest.approx(module.free_memory(CPU), rel=0.1)}
+    assert find_devices("cpu", {"cpu": 12345}) == {CPU: 12345}
+    with pytest.raises(UserError, match="twice"):
+        find_devices("cpu,cpu")
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
+        find_devices("gpu")
+    with pytest.raises(UserError, match="found here"):
+        find_devices("cuda:77")
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda device: (8 - device.index, 9))
+    monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: "An Old Card")
+    monkeypatch.setattr(module, "free_memory", lambda device: 100)
+    assert find_devices("cuda", {"cuda:0": 70}) == {CARDS[0]: 70}
+    with pytest.raises(UserError, match=r"An Old Card has compute capability 7\.9"):
+        find_devices("cuda:0,cuda:1")
+    with pytest.raises(UserError, match="not on both"):
+        find_devices("cuda:0,cpu")
+    with pytest.raises(UserError, match="memory is limited on cuda:1"):
+        find_devices("cuda:0", {"cuda:1": 1})
