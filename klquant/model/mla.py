@@ -1,6 +1,7 @@
 """Multi-head latent attention without position encoding: keys and values are expanded from one latent a token."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,9 @@ class LatentCache:
     def empty(cls, cfg: KimiLinearConfig, batch: int, dtype: torch.dtype, device: torch.device | str) -> "LatentCache":
         return cls(torch.empty(batch, 0, cfg.latent_dim, dtype=dtype, device=device))
 
-    def append(self, latent_BSL: Tensor) -> Tensor:
-        """Add positions and return all of them, the new ones last."""
+    def append(self, kv_a_BSL: Tensor, norm: Tensor) -> Tensor:
+        """Add what kv_a_proj made of new positions and return the latents of all, the new ones last."""
+        latent_BSL = normed_latent(kv_a_BSL, norm)
         end = self.length + latent_BSL.shape[1]
         if end > self.buffer_BSL.shape[1]:
             B, _, L = latent_BSL.shape
@@ -41,17 +43,29 @@ class LatentCache:
         return self.buffer_BSL[:, :end]
 
 
-def mla_mix(cfg: KimiLinearConfig, w: MLAWeights, x_BSC: Tensor, cache: LatentCache | None = None) -> Tensor:
+class Latents(Protocol):
+    """Latents of the `length` tokens before the new ones; how they are kept is the cache's own business."""
+
+    length: int
+
+    def append(self, kv_a_BSL: Tensor, norm: Tensor) -> Tensor: ...
+
+
+def normed_latent(kv_a_BSL: Tensor, norm: Tensor) -> Tensor:
+    """What kv_a_proj makes → what attention reads: the latent normed, the shared key part as it is."""
+    rank = len(norm)
+    return torch.cat([rms_norm(kv_a_BSL[..., :rank], norm, LATENT_EPS), kv_a_BSL[..., rank:]], -1)
+
+
+def mla_mix(cfg: KimiLinearConfig, w: MLAWeights, x_BSC: Tensor, cache: Latents | None = None) -> Tensor:
     """All of the layer but its output projection: normed input [B, S, C] → [B, S, H·v] in the same dtype.
 
     With a cache the new positions are appended to it and see everything in it.
     """
     q_BSHK = linear(x_BSC, w.q_proj).unflatten(-1, (cfg.num_heads, cfg.qk_dim))
-    latent, shared = linear(x_BSC, w.kv_a_proj).split([cfg.kv_rank, cfg.qk_rope_dim], -1)
-    latent_BSL = torch.cat([rms_norm(latent, w.kv_a_norm, LATENT_EPS), shared], -1)
+    kv_a_BSL = linear(x_BSC, w.kv_a_proj)
     offset = cache.length if cache else 0
-    if cache:
-        latent_BSL = cache.append(latent_BSL)
+    latent_BSL = cache.append(kv_a_BSL, w.kv_a_norm) if cache else normed_latent(kv_a_BSL, w.kv_a_norm)
     if offset and x_BSC.shape[1] == 1 and isinstance(w.kv_b_proj, Tensor):
         return _absorbed(cfg, w.kv_b_proj, q_BSHK, latent_BSL)
     return _expanded(cfg, w, q_BSHK, latent_BSL, offset)

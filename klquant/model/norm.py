@@ -1,31 +1,5 @@
-"""RMSNorm, plain and gated. Statistics are FP32 whatever the activations are."""
+"""RMSNorm, plain and gated, and the L2 norm: what the kernels are checked against."""
 
-import torch
-from torch import Tensor
+from klquant.kernels.norm.reference import L2_EPS, LATENT_EPS, gated_rms_norm, l2_norm, rms_norm, widen
 
-# The two norms whose epsilon the config does not carry: the MLA latent's, and the L2 norm of KDA's q and k.
-LATENT_EPS = 1e-6
-L2_EPS = 1e-6
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight over the last dimension. The quotient is rounded to x's dtype before the product."""
-    wide = widen(x)
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight · sigmoid(gate), in FP32 to the end; the caller rounds."""
-    x = widen(x)
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * widen(weight) * torch.sigmoid(widen(gate))
-
-
-def l2_norm(x: Tensor) -> Tensor:
-    """x / √(Σx² + ε) over the last dimension, in FP32."""
-    x = widen(x)
-    return x / torch.sqrt((x * x).sum(-1, keepdim=True) + L2_EPS)
-
-
-def widen(x: Tensor) -> Tensor:
-    """At least FP32; FP64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+__all__ = ["L2_EPS", "LATENT_EPS", "gated_rms_norm", "l2_norm", "rms_norm", "widen"]

@@ -45,3 +45,18 @@ def apply_experts(
         return few_tokens(pad_inputs(x_TC, widest), weight_TR, expert_TR, w.gate_up, w.down, *shared, *tiles)
     tiles = many_tiles(w.gate_up, w.down, expert_TR.numel())
     return many_tokens(pad_inputs(x_TC, w.gate_up), weight_TR, expert_TR, w.gate_up, w.down, shared_TC, *tiles)
+
+
+def route_tokens(
+    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Experts of each token, best first: (weight [T, R] FP32, expert [T, R] int32).
+
+    x [T, C]; router [E, C] and bias [E] FP32, and FP32 all the way: the bias takes part in the choice and not in the
+    weight; `renormalize`: the weights of a token add up to `scale`.
+    """
+    if not x_TC.is_cuda:
+        return reference.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize)
+    from klquant.kernels.moe import router
+
+    return router.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize)

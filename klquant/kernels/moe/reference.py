@@ -1,6 +1,7 @@
 """The expert kernels' result in plain torch, in the dtype of the activations."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.kernels.linear import reference
@@ -25,3 +26,10 @@ def route(logits_TE: Tensor, bias_E: Tensor, top: int, scale: float, renormalize
     if renormalize:
         weight_TR = weight_TR / (weight_TR.sum(-1, keepdim=True) + 1e-20)
     return weight_TR * scale, expert_TR.int()
+
+
+def route_tokens(
+    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    """`route` on logits x · routerᵀ, in the router's dtype."""
+    return route(F.linear(x_TC.to(router_EC.dtype), router_EC), bias_E, top, scale, renormalize)

@@ -1,0 +1,202 @@
+"""The model's steps on its devices: a chunk of a prompt, or a token for every running sequence.
+
+Layers lie on devices in order, a run of them is a stage. The stream goes from stage to stage; on GPUs each stage's
+decode step is a CUDA graph per batch size. Which token a sequence has to be fed next stays on the device, under its
+slot: a step can be launched before the host has seen the last one's tokens.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from klquant.engine.decode import decode_layer, embed
+from klquant.engine.graphs import Graph, Outputs, on
+from klquant.engine.request import SamplingParams
+from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
+from klquant.engine.state import DeviceState
+from klquant.engine.weights import EngineWeights
+from klquant.kernels.norm.dispatch import add_rms_norm
+from klquant.model.block import block
+from klquant.model.weights import linear
+
+# Batch sizes that graphs are captured for; a smaller batch is padded. Beyond the last: multiples of 64.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+
+def bucket(rows: int) -> int:
+    """The batch size that serves `rows` sequences."""
+    return BUCKETS[bisect_left(BUCKETS, rows)] if rows <= BUCKETS[-1] else -(-rows // 64) * 64
+
+
+@dataclass(frozen=True)
+class Stage:
+    device: torch.device
+    layers: range
+    state: DeviceState
+
+
+class Runner:
+    """Weights with room for `slots` sequences and `pages` of latents. Slots and pages are numbers its caller owns."""
+
+    def __init__(
+        self, weights: EngineWeights, *, slots: int, pages: int, max_context: int, cache_bits: int = 16
+    ) -> None:
+        self.weights, self.cfg = weights, weights.cfg
+        sizes = {"slots": slots, "pages": pages, "max_context": max_context, "cache_bits": cache_bits}
+        self.stages = [
+            Stage(device, layers, DeviceState.empty(self.cfg, layers, **sizes, dtype=weights.dtype, device=device))
+            for device, layers in _stages(weights)
+        ]
+        head = self.stages[-1].device
+        self.sampling = SamplingState.empty(slots + 1, self.cfg.vocab_size, head)
+        # The token each slot is fed next, beside the embedding that reads it.
+        self.next_token = torch.zeros(slots + 1, dtype=torch.int64, device=weights.embedding_VC.device)
+        self._graphs: dict[tuple[int, int, Mode], Graph] = {}
+        self._pools = {s.device: torch.cuda.graph_pool_handle() for s in self.stages if s.device.type == "cuda"}
+        self._slots: tuple[tuple[int, ...], dict[torch.device, Tensor]] = ((), {})
+
+    def bind(self, slot: int, pages: Sequence[int], params: SamplingParams, tokens: Sequence[int], fresh: bool) -> None:
+        """Give a slot to a request: its pages, its parameters (with a seed), the tokens of its prompt.
+
+        `fresh`: a sequence begins; otherwise the one in the slot goes on.
+        """
+        for stage in self.stages:
+            stage.state.bind(slot, pages)
+            if fresh:
+                stage.state.clear(slot)
+        self.sampling.set(slot, params, tokens)
+
+    @torch.no_grad()
+    def prefill(
+        self, ids: Sequence[int], slot: int, start: int, after_layer: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Positions from `start` on of the slot's sequence → residual stream after the last layer [1, S, C].
+
+        `after_layer` is called with (layer, stream after it), and before the first with (−1, embedded ids).
+        """
+        table = self.weights.embedding_VC
+        h_BSC = embed(torch.tensor([list(ids)], device=table.device), table)
+        for stage in self.stages:
+            with on(stage.device):
+                h_BSC = h_BSC.to(stage.device)
+                for layer in stage.layers:
+                    if after_layer:
+                        after_layer(layer - 1, h_BSC)
+                    state = stage.state.of_sequence(layer, slot, start)
+                    h_BSC = block(self.cfg, self.weights.layers[layer].model, h_BSC, state)
+                stage.state.length[slot] = start + len(ids)
+        if after_layer:
+            after_layer(self.cfg.num_layers - 1, h_BSC)
+        return h_BSC
+
+    @torch.no_grad()
+    def first_token(self, h_BSC: Tensor, slot: int, position: int, mode: Mode) -> Chosen:
+        """The token at `position`, right behind the chunk whose stream is h: one row."""
+        with on(h_BSC.device):
+            logits_BV = self.weights.head(self.cfg, h_BSC[:, -1:])[:, 0]
+            row_B = torch.tensor([slot], device=h_BSC.device)
+            chosen = sample(logits_BV, self.sampling, row_B, torch.full_like(row_B, position), mode)
+            self.next_token[slot] = chosen.token[0].to(self.next_token.device, non_blocking=True)
+        return chosen
+
+    @torch.no_grad()
+    def decode(self, slots: Sequence[int], mode: Mode) -> Chosen:
+        """Feed every slot its next token and choose the one behind it: a row a slot, then padding.
+
+        On a GPU the result is overwritten by the next call: copy it first.
+        """
+        slot_B = self._slot_tensors(tuple(slots))
+        inputs: tuple[Tensor, ...] = ()
+        if not self._embeds_in_stage:
+            host_B = torch.tensor(slots)
+            host_B = torch.cat([host_B, host_B.new_full((len(slot_B[self.stages[0].device]) - len(slots),), -1)])
+            inputs = (embed(self.next_token[host_B], self.weights.embedding_VC),)
+        for number, stage in enumerate(self.stages):
+            inputs = tuple(x.to(stage.device, non_blocking=True) for x in inputs)
+            with on(stage.device):
+                inputs = self._run(number, mode, slot_B[stage.device], *inputs)
+        chosen = Chosen(*inputs)
+        if self.next_token.device != self.stages[-1].device:
+            token_B = chosen.token[: len(slots)].to(self.next_token.device)
+            self.next_token[torch.tensor(slots, device=token_B.device)] = token_B
+        return chosen
+
+    def find_bad_layer(self, tokens: Sequence[int], slot: int, chunk: int) -> str | None:
+        """Run a slot's tokens again from the start and name what first makes values that are not numbers.
+
+        None when nothing does, so that the decode step must have. What the slot remembers is lost.
+        """
+
+        class Found(Exception):
+            pass
+
+        def check(layer: int, h: Tensor) -> None:
+            if not h.isfinite().all():
+                raise Found(f"model.layers.{layer}" if layer >= 0 else "model.embed_tokens")
+
+        for stage in self.stages:
+            stage.state.clear(slot)
+        try:
+            for start in range(0, len(tokens), chunk):
+                h_BSC = self.prefill(tokens[start : start + chunk], slot, start, check)
+        except Found as found:
+            return str(found)
+        with torch.no_grad():
+            logits = self.weights.head(self.cfg, h_BSC[:, -1:])
+        return None if logits.isfinite().all() else "lm_head"
+
+    @property
+    def _embeds_in_stage(self) -> bool:
+        return self.next_token.device == self.stages[0].device
+
+    def _slot_tensors(self, slots: tuple[int, ...]) -> dict[torch.device, Tensor]:
+        """Slot numbers on every stage's device, padded to a bucket where there are graphs; kept while they repeat."""
+        if self._slots[0] != slots:
+            padded = [*slots, *[-1] * (bucket(len(slots)) - len(slots))] if self._pools else slots
+            slot_B = torch.tensor(padded, dtype=torch.int32)
+            self._slots = slots, {stage.device: slot_B.to(stage.device) for stage in self.stages}
+        return self._slots[1]
+
+    def _run(self, number: int, mode: Mode, slot_B: Tensor, *stream: Tensor) -> Outputs:
+        if not self._pools:
+            return self._stage(number, mode, slot_B, *stream)
+        key = (number, len(slot_B), mode)
+        if key not in self._graphs:
+            padding = torch.full_like(slot_B, -1), *(torch.zeros_like(x) for x in stream)
+            self._graphs[key] = Graph(
+                lambda *x: self._stage(number, mode, *x), padding, self._pools[self.stages[number].device]
+            )
+        return self._graphs[key](slot_B, *stream)
+
+    def _stage(self, number: int, mode: Mode, slot_B: Tensor, *stream: Tensor) -> Outputs:
+        """A stage's layers for one token a row: the stream [B, C] behind them, or for the last stage the tokens."""
+        stage = self.stages[number]
+        rows = stage.state.advance(slot_B)
+        if not stream:
+            stream = (embed(self.next_token[rows.index_B], self.weights.embedding_VC),)
+        h_BC, delta_BC = stream[0], None
+        for layer in stage.layers:
+            h_BC, delta_BC = decode_layer(
+                self.cfg, layer, self.weights.layers[layer], (h_BC, delta_BC), stage.state, rows
+            )
+        if number < len(self.stages) - 1:
+            return (h_BC + delta_BC,)
+        head = self.weights.head
+        _, x_BC = add_rms_norm(h_BC, delta_BC, head.norm, self.cfg.rms_eps)
+        chosen = sample(linear(x_BC, head.proj), self.sampling, rows.index_B, rows.length_B.long(), mode)
+        if self.next_token.device == stage.device:
+            self.next_token[rows.index_B] = chosen.token
+        return chosen.tensors()
+
+
+def _stages(weights: EngineWeights) -> list[tuple[torch.device, range]]:
+    """Runs of consecutive layers on one device."""
+    found = []
+    for device, run in groupby(range(weights.cfg.num_layers), key=lambda i: weights.layers[i].device):
+        layers = list(run)
+        found.append((device, range(layers[0], layers[-1] + 1)))
+    return found

@@ -1,0 +1,137 @@
+"""Logits → tokens, as tensor operations only, so that it can be part of a captured graph.
+
+Randomness has no state: the noise of a token is a hash of (seed, position, token). A request therefore draws the same
+tokens whoever shares its batch, however its prompt was cut, and in whichever graph it runs.
+Shape suffixes: B = rows, V = vocabulary, N = slots.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from klquant.engine.request import MAX_LOGPROBS, SamplingParams
+
+# greedy: the likeliest token. plain: temperature only. full: sorting, penalty and logprobs as well.
+Mode = Literal["greedy", "plain", "full"]
+MASK = 0xFFFFFFFF
+GOLDEN = 0x9E3779B1  # odd, near 2³²/φ: neighbouring tokens start far apart
+
+
+def mode_of(params: Sequence[SamplingParams]) -> Mode:
+    """The cheapest mode that serves all rows."""
+    if any(p.top_k or p.top_p < 1 or p.min_p or p.repetition_penalty != 1 or p.logprobs is not None for p in params):
+        return "full"
+    return "greedy" if all(p.greedy for p in params) else "plain"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """token [B] int64, −1 where the logits are not numbers; logprob [B]; the likeliest top_token, top_logprob [B, 20].
+
+    The last three are None but in mode "full". FP32, of the model's own distribution.
+    """
+
+    token: Tensor
+    logprob: Tensor | None = None
+    top_token: Tensor | None = None
+    top_logprob: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.token, self.logprob, self.top_token, self.top_logprob) if t is not None)
+
+
+@dataclass(frozen=True)
+class SamplingState:
+    """Parameters of each slot's request, [N], and the tokens it has seen, [N, V] bool."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    penalty: Tensor
+    seed: Tensor
+    seen: Tensor
+
+    @classmethod
+    def empty(cls, slots: int, vocab: int, device: torch.device | str) -> "SamplingState":
+        floats = [torch.zeros(slots, device=device) for _ in range(4)]
+        temperature, top_p, min_p, penalty = floats
+        top_k, seed = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2))
+        seen = torch.zeros(slots, vocab, dtype=torch.bool, device=device)
+        return cls(temperature, top_k, top_p, min_p, penalty, seed, seen)
+
+    def set(self, slot: int, params: SamplingParams, tokens: Sequence[int]) -> None:
+        """Give the slot to a request that begins with `tokens`. Its seed must be set."""
+        vocab = self.seen.shape[1]
+        for field, value in (
+            (self.temperature, params.temperature), (self.top_k, params.top_k or vocab), (self.top_p, params.top_p),
+            (self.min_p, params.min_p), (self.penalty, params.repetition_penalty), (self.seed, params.seed),
+        ):  # fmt: skip
+            field[slot] = value
+        self.seen[slot] = False
+        if params.repetition_penalty != 1:
+            self.seen[slot, torch.tensor(tokens, dtype=torch.int64, device=self.seen.device)] = True
+
+
+def sample(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor, mode: Mode) -> Chosen:
+    """One token a row, for the positions int64 [B] that they will have. In mode "full" `state.seen` is updated."""
+    z_BV = logits_BV.float()
+    best_B, token_B = z_BV.max(-1)  # NaN wins
+    good_B = best_B.isfinite()
+    report: tuple[Tensor, ...] = ()
+    if mode == "plain":
+        token_B = _draw(z_BV, state, slot_B, position_B, torch.arange(z_BV.shape[1], device=z_BV.device)).argmax(-1)
+    if mode == "full":
+        logp_BV = z_BV.log_softmax(-1)
+        seen_BV, penalty_B1 = state.seen[slot_B], state.penalty[slot_B, None]
+        z_BV = torch.where(seen_BV, torch.where(z_BV > 0, z_BV / penalty_B1, z_BV * penalty_B1), z_BV)
+        z_BV, order_BV = z_BV.sort(dim=-1, descending=True, stable=True)
+        z_BV = _narrow(z_BV, state, slot_B)
+        rank_B1 = _draw(z_BV, state, slot_B, position_B, order_BV).argmax(-1, keepdim=True)
+        token_B = order_BV.gather(-1, rank_B1)[:, 0]
+        state.seen[slot_B, token_B] = True
+        top = logp_BV.topk(min(MAX_LOGPROBS, logp_BV.shape[1]), -1)
+        report = logp_BV.gather(-1, token_B[:, None])[:, 0], top.indices, top.values
+    return Chosen(torch.where(good_B, token_B, -1), *report)
+
+
+def _scaled(z_BV: Tensor, state: SamplingState, slot_B: Tensor) -> Tensor:
+    """Logits at the row's temperature; greedy rows as they are."""
+    t_B1 = state.temperature[slot_B, None]
+    return z_BV / torch.where(t_B1 > 0, t_B1, 1)
+
+
+def _narrow(z_BV: Tensor, state: SamplingState, slot_B: Tensor) -> Tensor:
+    """Sorted logits, those that top-k, top-p or min-p exclude at −∞. The first always stays."""
+    rank_V = torch.arange(z_BV.shape[1], device=z_BV.device)
+    z_BV = z_BV.masked_fill(rank_V >= state.top_k[slot_B, None], float("-inf"))
+    p_BV = _scaled(z_BV, state, slot_B).softmax(-1)
+    before_BV = p_BV.cumsum(-1) - p_BV
+    out_BV = (before_BV >= state.top_p[slot_B, None]) | (p_BV < state.min_p[slot_B, None] * p_BV[:, :1])
+    return z_BV.masked_fill(out_BV & (rank_V > 0), float("-inf"))
+
+
+def _draw(z_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor, token: Tensor) -> Tensor:
+    """Scaled logits plus Gumbel noise, whose largest is a draw from their softmax; greedy rows get no noise."""
+    noise_BV = gumbel(state.seed[slot_B], position_B, token)
+    return _scaled(z_BV, state, slot_B) + noise_BV * (state.temperature[slot_B, None] > 0)
+
+
+def gumbel(seed_B: Tensor, position_B: Tensor, token: Tensor) -> Tensor:
+    """Gumbel noise [B, V] FP32 of tokens [V] or [B, V] int64: −log(−log u), u a hash in (0, 1)."""
+    row_B = _mix((seed_B & MASK) ^ _mix(((seed_B >> 32) & MASK) ^ _mix(position_B & MASK)))
+    first_B1, second_B1 = _mix(row_B)[:, None], _mix(row_B + GOLDEN & MASK)[:, None]
+    x_BV = _mix(_mix((token * GOLDEN & MASK) ^ first_B1) + second_B1 & MASK)
+    # Near 0, where the noise is largest, u is finest. It must not round to 1.
+    u_BV = ((x_BV.float() + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24)
+    return -(-torch.log1p(-u_BV)).log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers (in int64); each bit depends on all. The last step of MurmurHash3."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK
+    return x ^ (x >> 16)

@@ -1,0 +1,110 @@
+"""What the engine remembers of its sequences on one device: KDA slots, latent pages, and where each sequence stands.
+
+Shape suffixes: B = rows of a step, N = slots, M = most pages of a sequence, T = positions of a chunk.
+A row is a slot number, or −1 for padding. The control tensors have one row more than there are slots: padding reads
+and writes that one, so no operation needs to know which rows are real.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from klquant.checkpoint.config import KimiLinearConfig
+from klquant.kernels.mla.dispatch import write_latent
+from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages, read_latent
+from klquant.model.kda import KDAState
+
+# Bits of a latent value → dtype of the pages; 16 means the activations' own.
+CACHE_DTYPES = {8: torch.int8}
+
+
+@dataclass(frozen=True)
+class PagedLatents:
+    """One sequence's latents of one layer, as `klquant.model.mla` asks for them: written to pages, read back whole.
+
+    What attention sees of a token is what its page holds, rounding included, from the first time on.
+    """
+
+    pages: LatentPages
+    table_M: Tensor
+    length: int
+
+    def append(self, kv_a_BSL: Tensor, norm: Tensor) -> Tensor:
+        kv_a_TL = kv_a_BSL[0]
+        position_T = torch.arange(self.length, self.length + len(kv_a_TL), device=kv_a_TL.device)
+        write_latent(kv_a_TL, norm, self.pages, page_position(self.table_M, position_T))
+        return read_latent(self.pages, self.table_M, self.length + len(kv_a_TL), kv_a_TL.dtype)[None]
+
+
+def page_position(table_M: Tensor, position_T: Tensor) -> Tensor:
+    """Positions of a sequence → where they lie in the pool, page · PAGE_SIZE + offset, int64."""
+    return table_M[position_T // PAGE_SIZE].long() * PAGE_SIZE + position_T % PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a decode step: slot_B int32 (−1: padding); index_B, the rows of the control tensors; table_BM int32;
+    length_B int32 with the new token (0: padding); position_B int64, where its latent goes (−1: nowhere)."""
+
+    slot_B: Tensor
+    index_B: Tensor
+    table_BM: Tensor
+    length_B: Tensor
+    position_B: Tensor
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """`kda` and `latent` by layer, KDA tensors with a row a slot. length [N + 1] and table [N + 1, M] int32."""
+
+    kda: dict[int, KDAState]
+    latent: dict[int, LatentPages]
+    length: Tensor
+    table: Tensor
+
+    @classmethod
+    def empty(
+        cls, cfg: KimiLinearConfig, layers: Iterable[int], *, slots: int, pages: int, max_context: int,
+        cache_bits: int, dtype: torch.dtype, device: torch.device,
+    ) -> "DeviceState":  # fmt: skip
+        """State of `layers` for activations of `dtype`. Pages are not initialized, slots are when they are bound."""
+        layers = list(layers)
+        cache_dtype = CACHE_DTYPES.get(cache_bits, dtype)
+        most = -(-max_context // PAGE_SIZE)
+        return cls(
+            kda={i: KDAState.zeros(cfg, slots, dtype, device) for i in layers if not cfg.is_mla(i)},
+            latent={i: LatentPages.empty(pages, cfg.latent_dim, cache_dtype, device) for i in layers if cfg.is_mla(i)},
+            length=torch.zeros(slots + 1, dtype=torch.int32, device=device),
+            table=torch.zeros(slots + 1, most, dtype=torch.int32, device=device),
+        )
+
+    def bind(self, slot: int, pages: Sequence[int]) -> None:
+        """Give a slot its pages."""
+        row = torch.tensor(pages, dtype=torch.int32, device=self.table.device)
+        self.table[slot, : len(pages)] = row
+
+    def clear(self, slot: int) -> None:
+        """Forget what the slot held: a sequence begins."""
+        for state in self.kda.values():
+            state.conv[slot] = 0
+            state.s[slot] = 0
+
+    def of_sequence(self, layer: int, slot: int, length: int) -> KDAState | PagedLatents:
+        """What `layer` remembers of the slot's sequence, whose first `length` tokens are in it."""
+        if layer in self.latent:
+            return PagedLatents(self.latent[layer], self.table[slot], length)
+        state = self.kda[layer]
+        return KDAState(state.conv[slot : slot + 1], state.s[slot : slot + 1])
+
+    def advance(self, slot_B: Tensor) -> StepRows:
+        """Count one more token for every row and say where it goes."""
+        real_B = slot_B >= 0
+        index_B = torch.where(real_B, slot_B, len(self.length) - 1).long()
+        self.length.index_add_(0, index_B, real_B.int())
+        table_BM, length_B = self.table[index_B], torch.where(real_B, self.length[index_B], 0)
+        last_B = (length_B - 1).clamp_min(0).long()
+        page_B = table_BM.gather(1, last_B[:, None] // PAGE_SIZE)[:, 0].long()
+        position_B = torch.where(real_B, page_B * PAGE_SIZE + last_B % PAGE_SIZE, -1)
+        return StepRows(slot_B, index_B, table_BM, length_B, position_B)

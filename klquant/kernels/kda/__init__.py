@@ -1,0 +1,1 @@
+"""One position of Kimi Delta Attention for a batch of sequences."""

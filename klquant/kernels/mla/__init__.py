@@ -1,0 +1,1 @@
+"""Multi-head latent attention of one position a sequence over a paged cache of latents."""

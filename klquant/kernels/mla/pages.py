@@ -1,0 +1,47 @@
+"""The paged cache of latents of one MLA layer.
+
+Shape suffixes of `klquant.kernels.mla`: B = sequences, T = tokens, H = heads, L = latent values a token (kv_rank normed
+ones ‖ the key part shared by all heads), P = pages, S = tokens a page, M = most pages a sequence has.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAGE_SIZE = 64
+# Largest magnitude of a code, by dtype of the pages.
+CODE_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+@dataclass(frozen=True)
+class LatentPages:
+    """data [P, S, L] in the activations' dtype, or codes in FP8 (e4m3) or INT8 with scale [P, S] FP32.
+
+    A value is code · scale.
+    """
+
+    data: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def empty(cls, pages: int, latent_dim: int, dtype: torch.dtype, device: torch.device | str) -> "LatentPages":
+        """Pages whose contents nobody reads before `write_latent` made them."""
+        data = torch.empty(pages, PAGE_SIZE, latent_dim, dtype=dtype, device=device)
+        return cls(data, torch.empty(pages, PAGE_SIZE, device=device) if dtype in CODE_MAX else None)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+def read_latent(pages: LatentPages, page_table_M: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The first `length` latents of a sequence whose pages are `page_table_M` (int32), as values [length, L]."""
+    page = page_table_M[: -(-length // PAGE_SIZE)].long()
+    # Bytes, because not every operation knows FP8.
+    raw = pages.data.view(torch.uint8) if pages.scale is not None else pages.data
+    latent = raw[page].flatten(0, 1)[:length]
+    if pages.scale is None:
+        return latent.to(dtype)
+    scale = pages.scale[page].flatten()[:length]
+    return (latent.view(pages.data.dtype).float() * scale[:, None]).to(dtype)

@@ -1,0 +1,40 @@
+"""Writing latents and attending to them in plain torch: the path of a CPU."""
+
+import torch
+from torch import Tensor
+
+from klquant.kernels.mla.pages import CODE_MAX, LatentPages, read_latent
+from klquant.kernels.norm.reference import LATENT_EPS, rms_norm, widen
+
+
+def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position_T: Tensor) -> None:
+    rank = len(norm_weight)
+    latent = torch.cat([rms_norm(kv_a[:, :rank], norm_weight, LATENT_EPS), kv_a[:, rank:]], -1)[position_T >= 0]
+    at = position_T[position_T >= 0]
+    if pages.scale is None:
+        pages.data.flatten(0, 1)[at] = latent.to(pages.data.dtype)
+        return
+    dtype = pages.data.dtype
+    scale = latent.float().abs().amax(-1) / CODE_MAX[dtype]
+    # A latent of zeros has codes 0 whatever its scale.
+    code = latent.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    code = code.round().to(dtype) if dtype == torch.int8 else code.to(dtype)
+    pages.data.view(torch.uint8).flatten(0, 1)[at] = code.view(torch.uint8)
+    pages.scale.flatten()[at] = scale
+
+
+def mla_decode(
+    q_BHK: Tensor, kv_b: Tensor, pages: LatentPages, page_table_BM: Tensor, length_B: Tensor, scale: float
+) -> Tensor:
+    """`klquant.kernels.mla.dispatch.mla_decode`, in the dtype of the activations."""
+    heads, rank = q_BHK.shape[1], kv_b.shape[1]
+    nope = q_BHK.shape[2] - (pages.data.shape[-1] - rank)
+    to_k, to_v = kv_b.unflatten(0, (heads, -1)).split([nope, kv_b.shape[0] // heads - nope], 1)
+    q_BHL = torch.cat([torch.einsum("bhn,hnl->bhl", q_BHK[..., :nope], to_k), q_BHK[..., nope:]], -1)
+    out = q_BHK.new_zeros(len(q_BHK), heads, to_v.shape[1])
+    for b, length in enumerate(length_B.tolist()):
+        if length:
+            latent = read_latent(pages, page_table_BM[b], length, q_BHK.dtype)
+            weight = (widen(q_BHL[b] @ latent.T) * scale).softmax(-1).to(latent.dtype)
+            out[b] = torch.einsum("hl,hvl->hv", weight @ latent[:, :rank], to_v)
+    return out.flatten(1)

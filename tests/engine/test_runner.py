@@ -1,0 +1,223 @@
+"""The runner: however a text is cut into chunks and single steps, and whoever runs beside it, its logits are the same."""
+
+import pytest
+import torch
+
+from klquant.checkpoint.reader import CheckpointReader
+from klquant.engine.request import SamplingParams
+from klquant.engine.runner import Runner, bucket
+from klquant.kernels.mla.pages import PAGE_SIZE
+from klquant.model.forward import Model
+from tests.engine.weights import engine_weights
+from tests.model.oracle import oracle
+
+LENGTHS = (1, 63, 64, 65, 130)
+GREEDY = SamplingParams(seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return Model.load(CheckpointReader.open(tiny), torch.float32, "cpu")
+
+
+@pytest.fixture
+def runner(model):
+    return make_runner(model)
+
+
+def make_runner(model, **changes):
+    sizes = {"slots": 4, "pages": 16, "max_context": 256}
+    return Runner(engine_weights(model), **sizes | changes)
+
+
+def random_ids(length, seed=0, vocab=320):
+    return torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def begin(runner, slot, pages, params=GREEDY, tokens=()):
+    runner.bind(slot, pages, params, tokens, fresh=True)
+
+
+def prefill_logits(runner, ids, slot, chunk, start=0):
+    """Logits [S, V] of ids fed in chunks."""
+    parts = []
+    for at in range(0, len(ids), chunk):
+        h = runner.prefill(ids[at : at + chunk], slot, start + at)
+        parts.append(runner.weights.head(runner.cfg, h)[0])
+    return torch.cat(parts)
+
+
+class Forced:
+    """Decode steps whose next token is given instead of chosen; records the logits that were sampled from."""
+
+    def __init__(self, runner, monkeypatch):
+        self.runner, self.logits = runner, []
+        from klquant.engine import runner as module
+
+        real = module.sample
+
+        def spy(logits, *rest):
+            self.logits.append(logits)
+            return real(logits, *rest)
+
+        monkeypatch.setattr(module, "sample", spy)
+
+    def step(self, tokens_by_slot: dict[int, int], rows=None):
+        """Logits [B, V] after one more token for each slot."""
+        for slot, token in tokens_by_slot.items():
+            self.runner.next_token[slot] = token
+        self.runner.decode(rows or list(tokens_by_slot), "greedy")
+        return self.logits[-1]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_decode_is_prefill_is_chunked_prefill_is_the_model(model, monkeypatch, length):
+    ids = random_ids(length)
+    with torch.no_grad():
+        want = model.logits(torch.tensor([ids]))[0]
+    for chunk in (17, 64, 200):
+        runner = make_runner(model)
+        begin(runner, 1, [3, 9, 4])
+        assert (prefill_logits(runner, ids, 1, chunk) - want).abs().max() < 1e-4
+    for first in {1, length // 2, length - 1} - {0, length}:
+        runner = make_runner(model)
+        begin(runner, 2, [5, 0, 7])
+        parts = [prefill_logits(runner, ids[:first], 2, 1000)]
+        forced = Forced(runner, monkeypatch)
+        parts += [forced.step({2: token}) for token in ids[first:]]
+        got = torch.cat(parts)
+        assert (got - want).abs().max() < 1e-4
+        assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+def test_logits_are_those_of_transformers(tiny, runner, monkeypatch):
+    ids = random_ids(100, seed=4)
+    with torch.no_grad():
+        want = oracle(tiny)(torch.tensor([ids])).logits[0]
+    begin(runner, 0, [2, 1])
+    forced = Forced(runner, monkeypatch)
+    got = [prefill_logits(runner, ids[:70], 0, 33), *(forced.step({0: token}) for token in ids[70:])]
+    assert (torch.cat(got) - want).abs().max() < 1e-4
+
+
+def test_rows_of_a_batch_are_singles_with_padding_between(model, monkeypatch):
+    """Three sequences of different lengths, in odd slots and with padding rows, against each on its own."""
+    texts = {0: random_ids(70, 1), 2: random_ids(3, 2), 3: random_ids(130, 3)}
+    pages = {0: [1, 8, 3], 2: [0], 3: [15, 2, 9]}
+    together, feed = make_runner(model), {slot: random_ids(5, 10 + slot) for slot in texts}
+    for slot, ids in texts.items():
+        begin(together, slot, pages[slot])
+        together.prefill(ids, slot, 0)
+    forced = Forced(together, monkeypatch)
+    rows = [3, -1, 0, 2, -1]
+    steps = [forced.step({slot: feed[slot][i] for slot in texts}, rows) for i in range(5)]
+    monkeypatch.undo()
+    for slot, ids in texts.items():
+        alone = make_runner(model)
+        begin(alone, 1, [4, 5, 6])
+        alone.prefill(ids, 1, 0)
+        forced = Forced(alone, monkeypatch)
+        for i, step in enumerate(steps):
+            want = forced.step({1: feed[slot][i]})[0]
+            assert (step[rows.index(slot)] - want).abs().max() < 1e-5
+        monkeypatch.undo()
+
+
+def test_a_sequence_does_not_see_its_neighbours(model, monkeypatch):
+    """Its logits stay when what runs beside it changes, but for the rounding of products with other batch sizes."""
+    results = []
+    for seed in (1, 2):
+        runner = make_runner(model)
+        begin(runner, 0, [1, 2])
+        begin(runner, 1, [3, 4])
+        runner.prefill(random_ids(65, 0), 0, 0)
+        runner.prefill(random_ids(65, seed), 1, 0)
+        forced = Forced(runner, monkeypatch)
+        results.append([forced.step({0: 7, 1: seed})[0].clone() for _ in range(3)])
+        monkeypatch.undo()
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(*results, strict=True))
+
+
+def test_pages_and_slots_are_used_again_without_leaking(model, monkeypatch):
+    """NaN in everything that was given back: a new sequence must not read any of it."""
+    runner, fresh = make_runner(model), make_runner(model)
+    begin(runner, 1, [3, 9, 4])
+    runner.prefill(random_ids(190, 5), 1, 0)
+    for stage in runner.stages:
+        for pages in stage.state.latent.values():
+            pages.data.fill_(float("nan"))
+        for kda in stage.state.kda.values():
+            kda.s[1], kda.conv[1] = float("nan"), float("nan")
+    logits = []
+    for r in (runner, fresh):
+        begin(r, 1, [9, 3, 4])
+        logits.append([prefill_logits(r, random_ids(60, 6), 1, 25)])
+        forced = Forced(r, monkeypatch)
+        logits[-1] += [forced.step({1: token}).clone() for token in random_ids(10, 7)]
+        monkeypatch.undo()
+    for a, b in zip(*logits, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_8_bit_cache_gives_the_same_however_the_text_is_cut(model, monkeypatch):
+    """A latent is rounded once, when it is written, so that all paths read the same."""
+    ids = random_ids(130)
+    with torch.no_grad():
+        exact = model.logits(torch.tensor([ids]))[0]
+    got = []
+    for first, chunk in ((130, 1000), (130, 31), (1, 1)):
+        runner = make_runner(model, cache_bits=8)
+        begin(runner, 0, [3, 1, 2])
+        parts = [prefill_logits(runner, ids[:first], 0, chunk)]
+        forced = Forced(runner, monkeypatch)
+        parts += [forced.step({0: token}) for token in ids[first:]]
+        monkeypatch.undo()
+        got.append(torch.cat(parts))
+    error = (got[0] - exact).norm() / exact.norm()
+    assert 0 < error < 0.02
+    for other in got[1:]:
+        assert (other - got[0]).norm() / got[0].norm() < error / 10
+
+
+def test_sampled_tokens_do_not_depend_on_where_the_prompt_ends(model):
+    """Noise belongs to positions: 70 tokens and then decoding, or 40 and the rest forced, draw the same token."""
+    ids, params = random_ids(70), SamplingParams(temperature=1.0, seed=5)
+    tokens = []
+    for first in (70, 69):
+        runner = make_runner(model)
+        begin(runner, 0, [0, 1], params, ids)
+        h = runner.prefill(ids[:first], 0, 0)
+        if first < 70:
+            runner.next_token[0] = ids[69]
+            tokens.append(runner.decode([0], "plain").token.item())
+        else:
+            tokens.append(runner.first_token(h, 0, 70, "plain").token.item())
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("where", ["model.embed_tokens", "model.layers.2", "lm_head"])
+def test_what_makes_nan_is_named(tiny, where):
+    model = Model.load(CheckpointReader.open(tiny), torch.float32, "cpu")
+    if where == "model.embed_tokens":
+        model.embedding_VC[9] = float("nan")
+    elif where == "lm_head":
+        model.head.proj[9] = float("nan")
+    else:
+        model.layers[2].attn.o_proj[0] = float("inf")
+    runner = make_runner(model)
+    begin(runner, 0, [0])
+    ids = [5, 9, 7]
+    chosen = runner.first_token(runner.prefill(ids, 0, 0), 0, 3, "greedy")
+    assert chosen.token.tolist() == [-1]
+    assert runner.decode([0], "greedy").token.tolist() == [-1]
+    assert runner.find_bad_layer(ids, 0, 2) == where
+
+
+def test_nothing_is_blamed_when_all_is_well(runner):
+    begin(runner, 0, [0, 1])
+    assert runner.find_bad_layer(random_ids(70), 0, 33) is None
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 2, 3, 9, 17, 33, 64, 65, 200)] == [1, 2, 4, 16, 24, 48, 64, 128, 256]
+    assert PAGE_SIZE == 64
