@@ -121,6 +121,9 @@ class Builder:
 
         def plain(field: str, name: str) -> Tensor:
             wanted = torch.float32 if field in FP32_FIELDS else self.dtype
+            spec = self.source.spec((prefix + name).removesuffix(".weight"))
+            if self.packed and spec is not None:
+                self.notes.append(f"{prefix}{name} is {spec}: kernels read it plain, it is held in {wanted}")
             return self.source.tensor(prefix + name, wanted, device)
 
         def weight(name: str) -> Weight:
@@ -146,7 +149,8 @@ class Builder:
         n = KDA_NAMES
         qkv, (q, k, v) = fuse([weight(n[f"{x}_proj"]) for x in "qkv"])
         low, (f_a, g_a, b) = fuse([weight(n[x]) for x in ("f_a_proj", "g_a_proj", "b_proj")])
-        f_b, g_b, o = (_linear(weight(n[x])) for x in ("f_b_proj", "g_b_proj", "o_proj"))
+        f_b, g_b = (plain(x, n[x]) for x in ("f_b_proj", "g_b_proj"))
+        o = _linear(weight(n["o_proj"]))
         taps_FW, convs = fuse([plain(f"{x}_conv", n[f"{x}_conv"]).squeeze(1) for x in "qkv"])
         A_log, dt_bias, o_norm = (plain(x, n[x]).flatten() for x in ("A_log", "dt_bias", "o_norm"))
         attn = KDAWeights(q, k, v, *convs, A_log, dt_bias, f_a, f_b, g_a, g_b, b, o_norm, o)

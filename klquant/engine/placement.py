@@ -51,6 +51,7 @@ class Placement:
 
     shares: tuple[Share, ...]
     memory: Memory
+    embedding_bytes: int
     packed: bool
 
     @property
@@ -119,7 +120,20 @@ def plan_placement(
         if end > start:
             shares.append(_share(config, sizes, memory, device, room, range(start, end)))
         start = end
-    return Placement(tuple(shares), memory, packed)
+    return Placement(tuple(shares), memory, sizes.embedding, packed)
+
+
+def longest_context(
+    config: KimiLinearConfig, sizes: WeightSizes, devices: Mapping[torch.device, int], *, most: int,
+    sequences: int = 1, cache_bits: int = 16,
+) -> int:  # fmt: skip
+    """The most tokens, in steps of CONTEXT_STEP and up to `most`, that `devices` hold beside the weights; 0 if none."""
+    low, high = 0, most // CONTEXT_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        split = _best(config, sizes, devices, middle * CONTEXT_STEP, sequences, cache_bits)[1]
+        low, high = (low, middle - 1) if split.missing else (middle, high)
+    return low * CONTEXT_STEP
 
 
 def _best(
@@ -164,12 +178,8 @@ def _does_not_fit(
         return not _best(config, sizes, devices, context, memory.sequences, bits)[1].missing
 
     def longest(bits: int) -> int:
-        """The longest context that fits, 0 if none does."""
-        low, high = 0, memory.context // CONTEXT_STEP
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(sizes, middle * CONTEXT_STEP, bits) else (low, middle - 1)
-        return low * CONTEXT_STEP
+        options = {"most": memory.context, "sequences": memory.sequences, "cache_bits": bits}
+        return longest_context(config, sizes, devices, **options)
 
     ways = []
     if memory.cache_bits > 8 and fits(sizes, memory.context, 8):

@@ -18,6 +18,8 @@ from klquant.recipe.memory import WeightSizes
 
 _GATE_UP = frozenset({"gate_proj", "up_proj", "w1", "w3"})
 _MLP = frozenset({TensorClass.ROUTED_EXPERTS, TensorClass.SHARED_EXPERTS, TensorClass.DENSE_MLP})
+# Matrices that kernels read plain.
+PLAIN_ROLES = frozenset({"gate", "kv_b_proj", "f_b_proj", "g_b_proj"})
 _FP32_ROLES = frozenset({"A_log", "dt_bias", "gate", "e_score_correction_bias"})
 
 
@@ -56,7 +58,7 @@ def held_bytes(outline: Outline, dtype: torch.dtype, packed: bool = True) -> dic
         key = keys[name]
         if packed and key.cls in _MLP:
             found[name] = _mlp_bytes(outline, joint, key, shape)
-        elif packed and key.is_matrix and key.cls not in (TensorClass.ROUTER, TensorClass.MLA_KV_B):
+        elif packed and key.is_matrix and key.role not in PLAIN_ROLES:
             found[name] = _bytes(outline, shape, outline.specs[key.module], dtype)
         else:
             found[name] = prod(shape) * (torch.float32 if key.role in _FP32_ROLES else dtype).itemsize

@@ -41,7 +41,8 @@ class FusedKDA:
     """A KDA layer for single steps.
 
     qkv [3F, C]: q, k, v. low [2D + H, C]: f_a, g_a, b. taps_FW [3F, W]: the convolutions of q, k, v, contiguous.
-    A_log [H] and dt_bias [F] FP32. f_b, g_b [F, D]; o_norm [D]; o_proj [C, F].
+    A_log [H] and dt_bias [F] FP32. f_b, g_b [F, D]: always plain, for one kernel does all between the projections.
+    o_norm [D]; o_proj [C, F].
     """
 
     qkv: Linear
@@ -49,8 +50,8 @@ class FusedKDA:
     taps_FW: Tensor
     A_log: Tensor
     dt_bias: Tensor
-    f_b: Linear
-    g_b: Linear
+    f_b: Tensor
+    g_b: Tensor
     o_norm: Tensor
     o_proj: Linear
 
@@ -110,7 +111,7 @@ class EngineWeights:
 
 
 def storage_bytes(*holders: object) -> dict[torch.device, int]:
-    """Bytes by device of all tensors in dataclasses, tuples and lists, shared storage counted once."""
+    """Bytes by device of all tensors in dataclasses, tuples, lists and dicts' values, shared storage counted once."""
     seen = {}
     for tensor in _tensors(holders):
         storage = tensor.untyped_storage()
@@ -124,8 +125,8 @@ def storage_bytes(*holders: object) -> dict[torch.device, int]:
 def _tensors(holder: object) -> Iterator[Tensor]:
     if isinstance(holder, Tensor):
         yield holder
-    elif isinstance(holder, tuple | list):
-        for item in holder:
+    elif isinstance(holder, tuple | list | dict):
+        for item in holder.values() if isinstance(holder, dict) else holder:
             yield from _tensors(item)
     elif is_dataclass(holder):
         for field in fields(holder):

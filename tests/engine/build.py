@@ -73,7 +73,7 @@ def general_path(weights: EngineWeights) -> Model:
 
 
 # What is held in 16 bits although it is stored on a grid, and so with the reader's rounding; the last in `mixed`.
-ROUNDED = ("kv_b_proj", "block_sparse_moe.gate", "shared_experts.gate_proj")
+ROUNDED = ("kv_b_proj", "f_b_proj", "g_b_proj", "block_sparse_moe.gate", "shared_experts.gate_proj")
 
 
 def exact_model(folder: Path) -> Model:
@@ -82,7 +82,7 @@ def exact_model(folder: Path) -> Model:
     tensors = {}
     for name in expected_tensors(reader.config):
         module = name.removesuffix(".weight")
-        rounded = module.endswith(ROUNDED[:2] if "mixed" not in folder.name else ROUNDED)
+        rounded = module.endswith(ROUNDED[:-1] if "mixed" not in folder.name else ROUNDED)
         exact = reader.spec(module) is not None and not rounded
         tensors[name] = reader.quantized(module).decode() if exact else reader.weight(name, torch.float32)
     return Model.load(DictSource(reader.config, tensors), torch.float32, CPU)
