@@ -55,11 +55,18 @@ class Tokenizer:
         Without a template (`self.template is None`) the conversation becomes paragraphs of `role: text`; whoever
         calls records that. Raises UserError when the template refuses the conversation.
         """
+        return self.encode_chat(self.render_chat(messages, generation_prompt=generation_prompt))
+
+    def render_chat(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        """The text that `apply_chat` encodes. Raises UserError when the template refuses the conversation."""
         if self.template is None:
-            return self.encode(plain(messages) + ("\n\nassistant: " if generation_prompt else ""))
+            return plain(messages) + ("\n\nassistant: " if generation_prompt else "")
         bos, eos = self.decode([self.bos_id]), self.decode([self.eos_id])
-        text = self.template.render(messages, bos_token=bos, eos_token=eos, generation_prompt=generation_prompt)
-        return self.backend.encode_special(text)
+        return self.template.render(messages, bos_token=bos, eos_token=eos, generation_prompt=generation_prompt)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of rendered text: what a template spells out as a special token is one."""
+        return self.encode(text) if self.template is None else self.backend.encode_special(text)
 
     def require_fits(self, cfg: KimiLinearConfig) -> None:
         """Raises UserError when the tokenizer can produce ids that the model has no embedding for."""

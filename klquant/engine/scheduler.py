@@ -78,16 +78,20 @@ class Scheduler:
         self.prefilling: Sequence | None = None
         self.running: list[Sequence] = []
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue it. Raises UserError when it could not run even alone."""
+    def check(self, sequence: Sequence) -> None:
+        """Raises UserError when it could not run even alone."""
         needed = self._pages_for(sequence.most)
         if needed > self.pages.count:
             tokens = self.pages.count * self.page_tokens
             raise UserError(
                 f"a request of {sequence.most} tokens (prompt and max_new_tokens) needs {needed} cache pages of "
                 f"{self.page_tokens} tokens, the engine has {self.pages.count}: {needed - self.pages.count} missing; "
-                f"shorten it to {tokens} tokens or give the engine more memory"
+                f"shorten it to {tokens} tokens or give the engine more cache"
             )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue it. Raises UserError when it could not run even alone."""
+        self.check(sequence)
         self.waiting.append(sequence)
 
     def schedule(self) -> Step | None:

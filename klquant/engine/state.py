@@ -16,8 +16,9 @@ from klquant.kernels.mla.dispatch import write_latent
 from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages, read_latent
 from klquant.model.kda import KDAState
 
-# Bits of a latent value → dtype of the pages; 16 means the activations' own.
-CACHE_DTYPES = {8: torch.int8}
+# Bits of a latent value → dtype of the pages; None is the activations' own. INT8 because FP8 needs sm89, and a latent
+# with its own scale has more use for a seventh bit than for an exponent.
+CACHE_BITS = {16: None, 8: torch.int8}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class DeviceState:
     ) -> "DeviceState":  # fmt: skip
         """State of `layers` for activations of `dtype`. Pages are not initialized, slots are when they are bound."""
         layers = list(layers)
-        cache_dtype = CACHE_DTYPES.get(cache_bits, dtype)
+        cache_dtype = CACHE_BITS[cache_bits] or dtype
         most = -(-max_context // PAGE_SIZE)
         return cls(
             kda={i: KDAState.zeros(cfg, slots, dtype, device) for i in layers if not cfg.is_mla(i)},

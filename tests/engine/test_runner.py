@@ -1,14 +1,16 @@
-"""The runner: however a text is cut into chunks and single steps, and whoever runs beside it, its logits are the same."""
+"""The runner: a text has the same logits however it is cut into chunks and single steps, and whoever runs beside it."""
 
 import pytest
 import torch
 
+from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CheckpointReader
+from klquant.engine.build import OneDevice
+from klquant.engine.load import load_weights
 from klquant.engine.request import SamplingParams
 from klquant.engine.runner import Runner, bucket
 from klquant.kernels.mla.pages import PAGE_SIZE
 from klquant.model.forward import Model
-from tests.engine.weights import engine_weights
 from tests.model.oracle import oracle
 
 LENGTHS = (1, 63, 64, 65, 130)
@@ -20,14 +22,25 @@ def model(tiny):
     return Model.load(CheckpointReader.open(tiny), torch.float32, "cpu")
 
 
+def load(folder):
+    reader = CheckpointReader.open(folder)
+    places = OneDevice(torch.device("cpu"), reader.config.num_layers, packed=False)
+    return load_weights(QuantizedReader(reader, None), places, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def weights(tiny):
+    return load(tiny)
+
+
 @pytest.fixture
-def runner(model):
-    return make_runner(model)
+def runner(weights):
+    return make_runner(weights)
 
 
-def make_runner(model, **changes):
+def make_runner(weights, **changes):
     sizes = {"slots": 4, "pages": 16, "max_context": 256}
-    return Runner(engine_weights(model), **sizes | changes)
+    return Runner(weights, **sizes | changes)
 
 
 def random_ids(length, seed=0, vocab=320):
@@ -71,16 +84,16 @@ class Forced:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_decode_is_prefill_is_chunked_prefill_is_the_model(model, monkeypatch, length):
+def test_decode_is_prefill_is_chunked_prefill_is_the_model(model, weights, monkeypatch, length):
     ids = random_ids(length)
     with torch.no_grad():
         want = model.logits(torch.tensor([ids]))[0]
     for chunk in (17, 64, 200):
-        runner = make_runner(model)
+        runner = make_runner(weights)
         begin(runner, 1, [3, 9, 4])
         assert (prefill_logits(runner, ids, 1, chunk) - want).abs().max() < 1e-4
     for first in {1, length // 2, length - 1} - {0, length}:
-        runner = make_runner(model)
+        runner = make_runner(weights)
         begin(runner, 2, [5, 0, 7])
         parts = [prefill_logits(runner, ids[:first], 2, 1000)]
         forced = Forced(runner, monkeypatch)
@@ -100,11 +113,11 @@ def test_logits_are_those_of_transformers(tiny, runner, monkeypatch):
     assert (torch.cat(got) - want).abs().max() < 1e-4
 
 
-def test_rows_of_a_batch_are_singles_with_padding_between(model, monkeypatch):
+def test_rows_of_a_batch_are_singles_with_padding_between(weights, monkeypatch):
     """Three sequences of different lengths, in odd slots and with padding rows, against each on its own."""
     texts = {0: random_ids(70, 1), 2: random_ids(3, 2), 3: random_ids(130, 3)}
     pages = {0: [1, 8, 3], 2: [0], 3: [15, 2, 9]}
-    together, feed = make_runner(model), {slot: random_ids(5, 10 + slot) for slot in texts}
+    together, feed = make_runner(weights), {slot: random_ids(5, 10 + slot) for slot in texts}
     for slot, ids in texts.items():
         begin(together, slot, pages[slot])
         together.prefill(ids, slot, 0)
@@ -113,7 +126,7 @@ def test_rows_of_a_batch_are_singles_with_padding_between(model, monkeypatch):
     steps = [forced.step({slot: feed[slot][i] for slot in texts}, rows) for i in range(5)]
     monkeypatch.undo()
     for slot, ids in texts.items():
-        alone = make_runner(model)
+        alone = make_runner(weights)
         begin(alone, 1, [4, 5, 6])
         alone.prefill(ids, 1, 0)
         forced = Forced(alone, monkeypatch)
@@ -123,11 +136,11 @@ def test_rows_of_a_batch_are_singles_with_padding_between(model, monkeypatch):
         monkeypatch.undo()
 
 
-def test_a_sequence_does_not_see_its_neighbours(model, monkeypatch):
+def test_a_sequence_does_not_see_its_neighbours(weights, monkeypatch):
     """Its logits stay when what runs beside it changes, but for the rounding of products with other batch sizes."""
     results = []
     for seed in (1, 2):
-        runner = make_runner(model)
+        runner = make_runner(weights)
         begin(runner, 0, [1, 2])
         begin(runner, 1, [3, 4])
         runner.prefill(random_ids(65, 0), 0, 0)
@@ -138,9 +151,9 @@ def test_a_sequence_does_not_see_its_neighbours(model, monkeypatch):
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(*results, strict=True))
 
 
-def test_pages_and_slots_are_used_again_without_leaking(model, monkeypatch):
+def test_pages_and_slots_are_used_again_without_leaking(weights, monkeypatch):
     """NaN in everything that was given back: a new sequence must not read any of it."""
-    runner, fresh = make_runner(model), make_runner(model)
+    runner, fresh = make_runner(weights), make_runner(weights)
     begin(runner, 1, [3, 9, 4])
     runner.prefill(random_ids(190, 5), 1, 0)
     for stage in runner.stages:
@@ -159,14 +172,14 @@ def test_pages_and_slots_are_used_again_without_leaking(model, monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_an_8_bit_cache_gives_the_same_however_the_text_is_cut(model, monkeypatch):
+def test_an_8_bit_cache_gives_the_same_however_the_text_is_cut(model, weights, monkeypatch):
     """A latent is rounded once, when it is written, so that all paths read the same."""
     ids = random_ids(130)
     with torch.no_grad():
         exact = model.logits(torch.tensor([ids]))[0]
     got = []
     for first, chunk in ((130, 1000), (130, 31), (1, 1)):
-        runner = make_runner(model, cache_bits=8)
+        runner = make_runner(weights, cache_bits=8)
         begin(runner, 0, [3, 1, 2])
         parts = [prefill_logits(runner, ids[:first], 0, chunk)]
         forced = Forced(runner, monkeypatch)
@@ -179,12 +192,12 @@ def test_an_8_bit_cache_gives_the_same_however_the_text_is_cut(model, monkeypatc
         assert (other - got[0]).norm() / got[0].norm() < error / 10
 
 
-def test_sampled_tokens_do_not_depend_on_where_the_prompt_ends(model):
+def test_sampled_tokens_do_not_depend_on_where_the_prompt_ends(weights):
     """Noise belongs to positions: 70 tokens and then decoding, or 40 and the rest forced, draw the same token."""
     ids, params = random_ids(70), SamplingParams(temperature=1.0, seed=5)
     tokens = []
     for first in (70, 69):
-        runner = make_runner(model)
+        runner = make_runner(weights)
         begin(runner, 0, [0, 1], params, ids)
         h = runner.prefill(ids[:first], 0, 0)
         if first < 70:
@@ -197,14 +210,14 @@ def test_sampled_tokens_do_not_depend_on_where_the_prompt_ends(model):
 
 @pytest.mark.parametrize("where", ["model.embed_tokens", "model.layers.2", "lm_head"])
 def test_what_makes_nan_is_named(tiny, where):
-    model = Model.load(CheckpointReader.open(tiny), torch.float32, "cpu")
+    broken = load(tiny)
     if where == "model.embed_tokens":
-        model.embedding_VC[9] = float("nan")
+        broken.embedding_VC[9] = float("nan")
     elif where == "lm_head":
-        model.head.proj[9] = float("nan")
+        broken.head.proj[9] = float("nan")
     else:
-        model.layers[2].attn.o_proj[0] = float("inf")
-    runner = make_runner(model)
+        broken.layers[2].fused.o_proj[0] = float("inf")
+    runner = make_runner(broken)
     begin(runner, 0, [0])
     ids = [5, 9, 7]
     chosen = runner.first_token(runner.prefill(ids, 0, 0), 0, 3, "greedy")

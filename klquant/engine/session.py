@@ -1,0 +1,106 @@
+"""Conversations that keep their state: a turn computes only what is new."""
+
+from collections.abc import Iterator, Sequence
+
+from klquant.calibrate.chat import Message
+from klquant.engine.engine import Engine
+from klquant.engine.job import Job
+from klquant.engine.request import Answer, Delta, SamplingParams
+from klquant.engine.scheduler import Sequence as Scheduled
+
+
+class Session:
+    """A slot and pages that stay from one answer to the next; `reset` gives them back. Also a context manager.
+
+    A recurrent state cannot be taken back: it serves prompts that begin with exactly the tokens it has seen.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._scheduled = Scheduled(0, 0, keep=True)
+        self._job: Job | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The last prompt and its answer."""
+        return self._job.tokens if self._job else []
+
+    @property
+    def computed(self) -> int:
+        """How many of `tokens`, from the first, the state has seen."""
+        return self._scheduled.computed
+
+    def stream(self, ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Answer a prompt of token ids, given whole. Where it begins with what the state has seen, and goes on, only
+        the rest is computed; otherwise the session starts over. An answer that is still running is cancelled.
+
+        Raises UserError as `Engine.submit` does.
+        """
+        if self._job:
+            self._engine.cancel(self._job)
+        if list(ids[: self.computed]) != self.tokens[: self.computed] or len(ids) <= self.computed:
+            self.reset()
+        self._job = self._engine.submit(ids, params, self._scheduled)
+        return self._engine.follow(self._job)
+
+    def answer(self) -> Answer:
+        """The last answer, once it has finished."""
+        return self._job.answer()
+
+    def reset(self) -> None:
+        """Forget everything; slot and pages are free."""
+        if self._job:
+            self._engine.cancel(self._job)
+        self._engine.release(self._scheduled)
+        self._job = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reset()
+
+
+class Chat:
+    """A conversation through the model's chat template, on a session. `messages` are what was said so far."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.session = engine, Session(engine)
+        self.messages: list[Message] = []
+        self._said = ""  # the text behind the session's tokens, a final end token excepted
+
+    def ask(self, text: str, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Say `text` and stream the answer, which becomes part of the conversation however it ends.
+
+        Where the template writes the conversation so far as it was, only what is new is computed. Raises UserError
+        when the conversation fills the context, and forgets `text`.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        whole = self._engine.tokenizer.render_chat(messages, generation_prompt=True)
+        deltas = self.session.stream(self._ids(messages, whole), params)
+        self.messages = messages
+        return self._listen(whole, deltas)
+
+    def reset(self) -> None:
+        """Begin a new conversation."""
+        self.session.reset()
+        self.messages, self._said = [], ""
+
+    def _listen(self, whole: str, deltas: Iterator[Delta]) -> Iterator[Delta]:
+        try:
+            yield from deltas
+        finally:
+            deltas.close()
+            said = self.session.answer().text
+            self.messages.append({"role": "assistant", "content": said})
+            self._said = whole + said
+
+    def _ids(self, messages: list[Message], whole: str) -> list[int]:
+        """The conversation's ids: those the session has, then what the template adds. Encoding an answer's text anew
+        could cut it into other tokens than the model chose."""
+        tokens = self.session.tokens
+        finish = self.session.answer().finish if tokens else None
+        if finish in (None, "stop") or not whole.startswith(self._said):
+            return self._engine.encode(messages)  # a stop text is among the tokens, and was not said
+        said = tokens[:-1] if finish == "eos" else tokens
+        return said + self._engine.tokenizer.encode_chat(whole.removeprefix(self._said))

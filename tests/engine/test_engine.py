@@ -1,0 +1,268 @@
+"""The engine as a whole: answers do not depend on who else is served, how prompts are cut, or what was there before."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from klquant.calibrate.tokenizer import load_tokenizer
+from klquant.checkpoint.quantized import QuantizedReader
+from klquant.checkpoint.reader import CheckpointReader
+from klquant.engine.build import OneDevice
+from klquant.engine.engine import Engine, Limits
+from klquant.engine.load import load_weights
+from klquant.engine.request import SamplingParams
+from klquant.engine.session import Chat, Session
+from klquant.errors import UserError
+from klquant.model.forward import Model
+
+LIMITS = Limits(max_context=256, max_batch=3, cache_tokens=512, chunk=31)
+GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
+DRAWN = SamplingParams(max_new_tokens=12, temperature=1.0, seed=4, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    """Weights and tokenizer, once."""
+    with Engine.from_pretrained(tiny, devices="cpu") as engine:
+        yield engine.runner.weights, engine.tokenizer
+
+
+def make(loaded, ahead=False, **changes):
+    return Engine(*loaded, replace(LIMITS, **changes), ahead=ahead)
+
+
+@pytest.fixture
+def engine(loaded):
+    return make(loaded)
+
+
+def random_ids(length, seed=0):
+    return torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [random_ids(n, seed=n) for n in (1, 63, 64, 65, 130, 7, 30)]
+
+
+def singles(loaded, params):
+    return [make(loaded, chunk=1000).generate([ids], p)[0].tokens for ids, p in zip(PROMPTS, params, strict=True)]
+
+
+def test_greedy_tokens_are_the_models(loaded, tiny):
+    model = Model.load(CheckpointReader.open(tiny), torch.float32, "cpu")
+    for ids, answer in zip(PROMPTS[:4], make(loaded).generate(PROMPTS[:4], GREEDY), strict=True):
+        with torch.no_grad():
+            logits = model.logits(torch.tensor([[*ids, *answer.tokens]]))[0]
+        assert list(answer.tokens) == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_answers_are_those_of_each_prompt_alone(loaded, ahead):
+    """More prompts than slots, prompts cut into odd chunks, greedy and drawn, sorted and not, all mixed."""
+    kinds = (GREEDY, DRAWN, replace(DRAWN, top_p=0.9, seed=5), replace(DRAWN, max_new_tokens=3, logprobs=2))
+    params = [kinds[i % 4] for i in range(len(PROMPTS))]
+    answers = make(loaded, ahead).generate(PROMPTS, params)
+    assert [a.tokens for a in answers] == singles(loaded, params)
+    assert all(a.finish == "length" and a.error is None for a in answers)
+
+
+def test_everything_is_free_afterwards(engine):
+    engine.generate(PROMPTS, GREEDY)
+    list(engine.stream(PROMPTS[3], GREEDY))
+    next(iter(engine.stream(PROMPTS[4], GREEDY)))
+    assert engine._scheduler.pages.free == LIMITS.pages and engine._scheduler.slots.free == LIMITS.max_batch
+    assert not engine._jobs and not engine.step()
+
+
+def test_answers_survive_poisoned_memory(loaded):
+    """NaN in all pages and slots that are free: what was given back is not read."""
+    params = [GREEDY] * len(PROMPTS)
+    engine = make(loaded)
+    engine.generate(PROMPTS, GREEDY)
+    for stage in engine.runner.stages:
+        for pages in stage.state.latent.values():
+            pages.data.fill_(float("nan"))
+        for kda in stage.state.kda.values():
+            kda.s.fill_(float("nan")), kda.conv.fill_(float("nan"))
+    assert [a.tokens for a in engine.generate(PROMPTS, GREEDY)] == singles(loaded, params)
+
+
+def test_streams_side_by_side(loaded):
+    engine = make(loaded, ahead=True)
+    streams = [engine.stream(ids, GREEDY) for ids in PROMPTS[:3]]
+    tokens = [[], [], []]
+    for parts in zip(*streams, strict=True):
+        for got, part in zip(tokens, parts, strict=True):
+            got += part.tokens
+    assert [tuple(t) for t in tokens] == singles(loaded, [GREEDY] * len(PROMPTS))[:3]
+
+
+def test_a_seed_is_drawn_and_reported(engine):
+    first, second = engine.generate([PROMPTS[1]] * 2, replace(DRAWN, seed=None))
+    assert first.seed != second.seed
+    again = engine.generate([PROMPTS[1]], replace(DRAWN, seed=first.seed))[0]
+    assert again.tokens == first.tokens
+
+
+def test_logprobs_are_the_models(loaded, tiny):
+    answer = make(loaded).generate([PROMPTS[2]], replace(DRAWN, logprobs=3))[0]
+    model = Model.load(CheckpointReader.open(tiny), torch.float32, "cpu")
+    with torch.no_grad():
+        logp = model.logits(torch.tensor([[*PROMPTS[2], *answer.tokens]]))[0].log_softmax(-1)[len(PROMPTS[2]) - 1 : -1]
+    for row, token, found in zip(logp, answer.tokens, answer.logprobs, strict=True):
+        assert found.token == token and found.logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert [t for t, _ in found.top] == row.topk(3).indices.tolist()
+
+
+def test_stop_texts_and_end_tokens_end_an_answer(loaded):
+    engine = make(loaded)
+    whole = engine.generate([PROMPTS[1]], replace(GREEDY, max_new_tokens=40))[0]
+    stop = whole.text[9:12]
+    at = whole.text.index(stop)
+    for ahead in (False, True):
+        parts = list(make(loaded, ahead).stream(PROMPTS[1], replace(GREEDY, max_new_tokens=40, stop=("zzz", stop))))
+        assert "".join(p.text for p in parts) == whole.text[:at] and parts[-1].finish == "stop"
+    end = whole.tokens[5]
+    first = whole.tokens.index(end)
+    ending = Engine(*loaded, LIMITS, ends=frozenset([end]))
+    answer = ending.generate([PROMPTS[1]], replace(GREEDY, ignore_eos=False))[0]
+    assert answer.finish == "eos" and answer.tokens == whole.tokens[: first + 1]
+    assert ending.generate([PROMPTS[1]], GREEDY)[0].finish == "length"
+
+
+def test_text_is_that_of_the_tokens(engine):
+    answer = engine.generate(["Größe: 5 €"], replace(DRAWN, max_new_tokens=60))[0]
+    assert answer.text == engine.tokenizer.decode(answer.tokens)
+
+
+def test_the_context_ends_an_answer(engine):
+    answer = engine.generate([random_ids(250)], GREEDY)[0]
+    assert answer.finish == "context" and len(answer.tokens) == 6
+
+
+def test_refusals_name_what_is_wrong(loaded, tiny):
+    engine = make(loaded, cache_tokens=128)
+    for prompt, message in (
+        ("", "the prompt is empty"), ([], "the prompt is empty"), ([5, 400], "token id 400 is outside"),
+        (random_ids(256), "the prompt has 256 tokens, which fills the context of 256"),
+        (random_ids(200), "needs 4 cache pages of 64 tokens, the engine has 2: 2 missing"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            engine.generate([PROMPTS[0], prompt], GREEDY)
+        with pytest.raises(UserError, match=message):
+            engine.stream(prompt, GREEDY)
+    assert not engine._jobs
+    for options, message in (
+        ({"devices": "cuda:7"}, "cuda:7"), ({"devices": "tpu"}, "unknown device 'tpu'"),
+        ({"max_context": 5000}, "max_context 5,000 is beyond the model's own limit of 4,096"),
+        ({"max_memory": {"cpu": 100_000}}, "GiB are missing"), ({"max_batch": 0}, "max_batch is 0"),
+        ({"cache_bits": 4}, "cache_bits is 4, expected 16 or 8"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            Engine.from_pretrained(tiny, **{"devices": "cpu", **options})
+
+
+def test_logits_that_are_no_numbers_end_only_their_own_answer(loaded, tiny):
+    """Token 300 has an embedding of NaN: who says it fails, and the others do not notice."""
+    broken, tokenizer = Engine.from_pretrained(tiny, devices="cpu").runner.weights, loaded[1]
+    broken.embedding_VC[300] = float("nan")
+    for ahead in (False, True):
+        engine = Engine(broken, tokenizer, LIMITS, ahead=ahead)
+        answers = engine.generate([PROMPTS[1], [5, 300, 6], PROMPTS[2]], GREEDY)
+        assert answers[1].finish == "error" and "model.embed_tokens is the first" in answers[1].error
+        assert not answers[1].tokens
+        want = singles(loaded, [GREEDY] * len(PROMPTS))
+        assert [answers[0].tokens, answers[2].tokens] == want[1:3]
+        assert engine._scheduler.pages.free == LIMITS.pages
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_second_turn_is_one_prompt_of_everything(loaded, ahead):
+    engine = make(loaded, ahead)
+    with Session(engine) as session:
+        ids = random_ids(70)
+        for seed in (1, 2, 3):
+            list(session.stream(ids, DRAWN))
+            computed = session.computed
+            assert computed >= len(ids)
+            ids = [*session.tokens, *random_ids(9, seed)]
+        list(session.stream(ids, DRAWN))
+        assert tuple(session.tokens[len(ids) :]) == make(loaded).generate([ids], DRAWN)[0].tokens
+        assert session.computed > computed
+        # Another beginning: the state is of no use, and not used.
+        other = random_ids(40, 8)
+        list(session.stream(other, DRAWN))
+        assert tuple(session.tokens[40:]) == make(loaded).generate([other], DRAWN)[0].tokens
+    assert engine._scheduler.pages.free == LIMITS.pages and engine._scheduler.slots.free == LIMITS.max_batch
+
+
+def test_a_turn_computes_only_what_is_new(loaded, monkeypatch):
+    engine = make(loaded, chunk=1000)
+    seen = []
+    real = engine.runner.prefill
+    monkeypatch.setattr(
+        engine.runner, "prefill", lambda ids, slot, start: seen.append(len(ids)) or real(ids, slot, start)
+    )
+    chat = Chat(engine)
+    for text in ("hello", "more", "and more"):
+        list(chat.ask(text, GREEDY))
+    tokenizer = engine.tokenizer
+    added = [len(tokenizer.encode(f"\n\nuser: {text}\n\nassistant: ")) for text in ("more", "and more")]
+    # The last token of an answer was never fed.
+    assert seen[1:] == [1 + n for n in added]
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
+    chat.reset()
+    assert engine._scheduler.slots.free == LIMITS.max_batch
+
+
+def test_a_conversation_goes_on_after_being_cancelled(loaded):
+    engine = make(loaded)
+    chat = Chat(engine)
+    answer = chat.ask("hello", GREEDY)
+    said = "".join(next(answer).text for _ in range(4))
+    answer.close()
+    assert chat.session.answer().finish == "cancelled" and chat.messages[1]["content"].startswith(said)
+    computed = chat.session.computed
+    list(chat.ask("more", GREEDY))
+    text = engine.tokenizer.decode(chat.session.tokens)
+    assert text.endswith(chat.messages[-1]["content"]) and "\n\nuser: more\n\nassistant: " in text
+    assert len(chat.session.answer().tokens) == GREEDY.max_new_tokens and chat.session.computed > computed
+
+
+def test_what_a_stop_text_cut_off_was_not_said(loaded):
+    engine = make(loaded)
+    chat = Chat(engine)
+    whole = "".join(delta.text for delta in chat.ask("hello", replace(GREEDY, max_new_tokens=40)))
+    stop = whole[len(whole) // 2 :][:1]
+    chat.reset()
+    list(chat.ask("hello", replace(GREEDY, max_new_tokens=40, stop=(stop,))))
+    list(chat.ask("more", GREEDY))
+    said = whole[: whole.index(stop)]
+    assert chat.messages[1]["content"] == said
+    assert chat.session.answer().tokens == engine.generate([chat.messages[:-1]], GREEDY)[0].tokens
+
+
+def test_idle_sessions_do_not_make_others_wait_for_ever(loaded):
+    engine = make(loaded, cache_tokens=256)
+    with Session(engine) as session:
+        list(session.stream(random_ids(120), GREEDY))
+        answer = engine.generate([random_ids(130)], GREEDY)[0]
+        assert answer.finish == "error" and "2 cache pages of 64 tokens are missing: open sessions" in answer.error
+    assert engine.generate([random_ids(130)], GREEDY)[0].finish == "length"
+
+
+def test_packed_weights_answer_as_their_values_do(tiny, loaded):
+    """The CPU holds plain values; packed ones, as on a GPU, go through the kernels' references."""
+    reader = QuantizedReader.open(tiny)
+    packed = load_weights(reader, OneDevice(torch.device("cpu"), reader.config.num_layers), torch.float32)
+    engine = Engine(packed, load_tokenizer(tiny), LIMITS)
+    assert [a.tokens for a in engine.generate(PROMPTS[:3], GREEDY)] == singles(loaded, [GREEDY] * len(PROMPTS))[:3]
+
+
+def test_memory_is_reported_by_part(engine):
+    memory = engine.memory()
+    cfg, cpu = engine.cfg, torch.device("cpu")
+    assert memory["latent_cache"] == {cpu: LIMITS.pages * 64 * cfg.latent_dim * 4}
+    kda = cfg.kda_heads * cfg.kda_dim**2 * 4 + 3 * cfg.kda_width * 3 * 4
+    assert memory["kda_state"] == {cpu: 3 * LIMITS.max_batch * kda}
+    assert memory["weights"][cpu] > 4 * cfg.vocab_size * cfg.hidden_size
