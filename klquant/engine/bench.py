@@ -1,31 +1,30 @@
 """How fast the engine is on this machine: prefill, decode, memory, and the share of the bandwidth that it reaches.
 
-What is timed is the runner with random tokens: launches, graphs, sampling, and tokens brought to the host while the next
-step runs, as `klquant.engine.engine` does it; not text. A cache is not filled by a prefill before a decode step at a
-long context is timed, but with noise: time does not depend on what latents say.
+What is timed is the runner with random tokens: launches, graphs, sampling, and tokens brought to the host while the
+next step runs, as `klquant.engine.engine` does it; not text. A cache is not filled by a prefill before a decode step at
+a long context is timed, but with noise: time does not depend on what latents say.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
 from klquant.checkpoint.config import KimiLinearConfig
+from klquant.engine.ceilings import synchronize
 from klquant.engine.reply import Reply
 from klquant.engine.request import SamplingParams
 from klquant.engine.runner import Runner
 from klquant.engine.usage import Traffic, step_traffic
-from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
+from klquant.kernels.mla.pages import PAGE_SIZE
 from klquant.recipe.memory import PREFILL_CHUNK, WeightSizes
 
 # Steps before the timed ones: the graph is captured, caches of compiled kernels are filled.
 WARM_STEPS = 3
 # Timed repetitions of a prefill, and the seconds after which one is enough.
 REPEATS, ENOUGH = 3, 5.0
-COPIES = 8
-EMPTY_LAUNCHES = 512
 
 
 @dataclass(frozen=True)
@@ -59,25 +58,6 @@ class Decode:
         return self.traffic.total / self.step_s
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Of the first device. copy_bytes_s: of a large copy, read plus written. launch_s: from one small kernel of a graph
-    to the next; launches: kernels in a step of one sequence. Both are None on a CPU."""
-
-    copy_bytes_s: float
-    launch_s: float | None
-    launches: int | None
-
-    def predict(self, row: Decode, bytes_s: float) -> float | None:
-        """Seconds a step would take on a card that copies `bytes_s`: bytes by the share of the bandwidth that this one
-        reached outside launches, plus as long for launches. A prediction, for nothing else of the card is known."""
-        if self.launches is None:
-            return None
-        waiting = self.launches * self.launch_s
-        share = row.traffic.total / max(row.step_s - waiting, 1e-9) / self.copy_bytes_s
-        return row.traffic.total / bytes_s / min(share, 1.0) + waiting
-
-
 def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_SIZE)
 
@@ -86,15 +66,11 @@ def fill_with_noise(runner: Runner) -> None:
     """Give every page of the latent caches values of order one."""
     for stage in runner.stages:
         for pages in stage.state.latent.values():
-            _fill(pages)
-
-
-def _fill(pages: LatentPages) -> None:
-    if pages.scale is None:
-        pages.data.normal_()
-    else:
-        pages.data.random_(-127, 128) if pages.data.dtype == torch.int8 else pages.data.fill_(1.0)
-        pages.scale.fill_(1 / 64)
+            if pages.scale is None:
+                pages.data.normal_()
+            else:
+                pages.data.random_(-127, 128)
+                pages.scale.fill_(1 / 64)
 
 
 def measure_prefill(runner: Runner, tokens: int, chunk: int = PREFILL_CHUNK) -> Prefill:
@@ -121,7 +97,7 @@ def measure_prefill(runner: Runner, tokens: int, chunk: int = PREFILL_CHUNK) -> 
 def measure_decode(
     runner: Runner, sizes: WeightSizes, batch: int, context: int, steps: int, cache_bits: int
 ) -> Decode:  # fmt: skip
-    """Greedy steps in slots 0 … batch − 1, from `context` tokens each on. The caches hold something (`fill_with_noise`)."""
+    """Greedy steps in slots 0 … batch − 1, from `context` tokens each on. The caches hold noise (`fill_with_noise`)."""
     slots = prepare(runner, batch, context, WARM_STEPS + steps)
     for _ in range(WARM_STEPS):
         Reply.begin(runner.decode(slots, "greedy"), batch).tokens()
@@ -149,11 +125,6 @@ def prepare(runner: Runner, batch: int, context: int, steps: int) -> list[int]:
     return list(range(batch))
 
 
-def measure_ceilings(device: torch.device, launches: int | None) -> Ceilings:
-    """`launches`: what `count_launches` said."""
-    return Ceilings(_copy_rate(device), _launch_seconds(device) if launches else None, launches)
-
-
 def count_launches(runner: Runner) -> int | None:
     """Kernels of a decode step of one sequence; None on a CPU."""
     if not _on_gpu(runner):
@@ -168,43 +139,8 @@ def count_launches(runner: Runner) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def _copy_rate(device: torch.device) -> float:
-    """Bytes a second, read plus written, of a copy that no cache holds."""
-    a = torch.ones((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / min(_time(device, lambda: b.copy_(a)) for _ in range(COPIES))
-
-
-def _launch_seconds(device: torch.device) -> float:
-    """From a small kernel to the next in a graph."""
-    x = torch.zeros(32, device=device)
-    with torch.cuda.device(device):
-        x.add_(1)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(EMPTY_LAUNCHES):
-                x.add_(1)
-        return min(_time(device, graph.replay) for _ in range(COPIES)) / EMPTY_LAUNCHES
-
-
-def _time(device: torch.device, run: Callable[[], object]) -> float:
-    run()
-    _synchronize([device])
-    started = time.perf_counter()
-    run()
-    _synchronize([device])
-    return time.perf_counter() - started
-
-
 def _wait(runner: Runner) -> None:
-    _synchronize(stage.device for stage in runner.stages)
-
-
-def _synchronize(devices: Iterable[torch.device]) -> None:
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    synchronize(stage.device for stage in runner.stages)
 
 
 def _on_gpu(runner: Runner) -> bool:
@@ -223,8 +159,8 @@ class Cells:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, in whole pages."""
-        longest = max(0, *self.prefill, *(c + WARM_STEPS + self.steps for c in self.context if self.batch))
-        return pages_for(longest + 1) * PAGE_SIZE
+        decoded = [c + WARM_STEPS + self.steps for c in self.context if self.batch]
+        return pages_for(max([0, *self.prefill, *decoded]) + 1) * PAGE_SIZE
 
     def cached(self, batch: int, context: int) -> int:
         """Tokens of cache that a cell takes, in whole pages."""
@@ -232,7 +168,7 @@ class Cells:
 
     @property
     def most_cached(self) -> int:
-        return max(self.longest, *(self.cached(b, c) for b in self.batch for c in self.context), 0)
+        return max([self.longest, *(self.cached(b, c) for b in self.batch for c in self.context)])
 
     def within(self, config: KimiLinearConfig) -> "Cells":
         """Those that the model's own context allows."""
