@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("klquant.cli.plan", "Show what a recipe does to each tensor, what it costs and what it needs to run."),
     "quantize": ("klquant.cli.quantize", "Quantize a checkpoint, layer by layer; can be stopped and resumed."),
     "eval": ("klquant.cli.eval", "Score a checkpoint on text against its reference."),
+    "generate": ("klquant.cli.generate", "Answer a prompt, as the answer comes."),
+    "chat": ("klquant.cli.chat", "Talk with a model; its state stays from turn to turn."),
     "report": ("klquant.cli.report", "Compare results of eval in one page: size, quality, where it errs."),
     "sweep": ("klquant.cli.sweep", "Quantize by several recipes, evaluate and report in one go."),
     "inspect": ("klquant.cli.inspect", "Show what a checkpoint stores how, and where the error is."),
@@ -58,7 +60,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(klquant.__version__, "--version", prog_name="klquant", message="%(prog)s %(version)s")
 def main() -> None:
-    """Quantize Kimi-Linear checkpoints to INT8, INT4 or INT3, and say what it cost."""
+    """Quantize Kimi-Linear checkpoints to INT8, INT4 or INT3, say what it cost, and run them."""
 
 
 if __name__ == "__main__":

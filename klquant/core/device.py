@@ -14,7 +14,7 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise UserError(f"device {name}: {count} CUDA device(s) found here; use --device cpu, or check the driver")
+            raise UserError(f"device {name}: {count} CUDA device(s) found here; use cpu, or check the driver")
     elif device.type != "cpu":
         raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N")
     return device

@@ -25,7 +25,8 @@ from klquant.engine.scheduler import Chunk, Scheduler
 from klquant.engine.scheduler import Sequence as Scheduled
 from klquant.engine.sizes import Outline
 from klquant.engine.state import CACHE_BITS
-from klquant.engine.weights import EngineWeights, storage_bytes
+from klquant.engine.usage import Usage, measured_usage
+from klquant.engine.weights import EngineWeights
 from klquant.errors import UserError
 from klquant.kernels.mla.pages import PAGE_SIZE
 from klquant.recipe.memory import PREFILL_CHUNK
@@ -141,15 +142,12 @@ class Engine:
         """Whether it runs the plain torch reference, which is slow, instead of kernels."""
         return self.runner.stages[0].device.type == "cpu"
 
-    def memory(self) -> dict[str, dict[torch.device, int]]:
-        """Bytes held, by part (weights, latent_cache, kda_state, control) and device."""
+    def usage(self) -> list[Usage]:
+        """Memory by device and part, predicted and held. Only of an engine that was placed (`from_pretrained`)."""
+        assert self.placement is not None, "there is no prediction of it"
         states = [stage.state for stage in self.runner.stages]
-        return {
-            "weights": storage_bytes(self.runner.weights),
-            "latent_cache": storage_bytes([list(s.latent.values()) for s in states]),
-            "kda_state": storage_bytes([list(s.kda.values()) for s in states]),
-            "control": storage_bytes([(s.length, s.table) for s in states], self.runner.sampling),
-        }
+        latent, kda = ([list(getattr(s, part).values()) for s in states] for part in ("latent", "kda"))
+        return measured_usage(self.placement, self.runner.weights, latent, kda)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -209,8 +207,8 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         """End a request where it is, unless it has ended; its slot and pages are free."""
-        if not job.finish:
-            job.end("cancelled")
+        job.end("cancelled")
+        if job.scheduled in self._jobs:
             self._retire(job)
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -47,6 +47,11 @@ class Session:
         """The last answer, once it has finished."""
         return self._job.answer()
 
+    def stop(self) -> None:
+        """End the answer that is running. May be called from a signal handler: whoever follows it cleans up."""
+        if self._job:
+            self._job.end("cancelled")
+
     def reset(self) -> None:
         """Forget everything; slot and pages are free."""
         if self._job:

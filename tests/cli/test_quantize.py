@@ -253,7 +253,7 @@ BAD = {
     "window and tokens": (None, ["--calib-tokens", "32"], "window of 64 tokens is longer than the 32 tokens"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), [], "tokenizer"),
     "token ids": (far_token, [], r"tokenizer\.json: token ids up to 700 lie beyond the model's vocabulary of 320"),
-    "no CUDA": (None, ["--device", "cuda:7"], r"device cuda:7: \d CUDA device\(s\) found here; use --device cpu"),
+    "no CUDA": (None, ["--device", "cuda:7"], r"device cuda:7: \d CUDA device\(s\) found here; use cpu"),
     "unknown device": (None, ["--device", "tpu"], "unknown device 'tpu'; use cpu, cuda or cuda:N"),
     "vllm and INT3": (
         None, ["--recipe", "{tmp}/int3.yaml", "--target", "vllm"], r"int3\.yaml:4: vLLM .* has no INT3 kernel"

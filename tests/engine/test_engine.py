@@ -259,10 +259,24 @@ def test_packed_weights_answer_as_their_values_do(tiny, loaded):
     assert [a.tokens for a in engine.generate(PROMPTS[:3], GREEDY)] == singles(loaded, [GREEDY] * len(PROMPTS))[:3]
 
 
-def test_memory_is_reported_by_part(engine):
-    memory = engine.memory()
-    cfg, cpu = engine.cfg, torch.device("cpu")
-    assert memory["latent_cache"] == {cpu: LIMITS.pages * 64 * cfg.latent_dim * 4}
-    kda = cfg.kda_heads * cfg.kda_dim**2 * 4 + 3 * cfg.kda_width * 3 * 4
-    assert memory["kda_state"] == {cpu: 3 * LIMITS.max_batch * kda}
-    assert memory["weights"][cpu] > 4 * cfg.vocab_size * cfg.hidden_size
+def test_memory_is_reported_by_part(tiny):
+    with Engine.from_pretrained(tiny, devices="cpu", max_context=256, max_batch=3) as engine:
+        actual = {row.part: row.actual for row in engine.usage()}
+        cfg = engine.cfg
+    assert actual["latent_cache"] == 256 * cfg.latent_dim * 4
+    assert actual["kda_state"] == 3 * 3 * (cfg.kda_heads * cfg.kda_dim**2 * 4 + 3 * cfg.kda_width * 3 * 4)
+
+
+def test_an_answer_stops_from_outside(loaded):
+    """As a signal handler does it."""
+    engine = make(loaded)
+    session = Session(engine)
+    parts = []
+    for part in session.stream(PROMPTS[3], GREEDY):
+        parts.append(part)
+        if len(parts) == 4:
+            session.stop()
+    assert parts[-1].finish == "cancelled" and len(session.answer().tokens) == 4
+    assert not engine._jobs
+    session.reset()
+    assert engine._scheduler.slots.free == LIMITS.max_batch

@@ -1,0 +1,111 @@
+"""`klquant chat MODEL`: a conversation whose state stays on the device from turn to turn."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from klquant.cli.engine import engine_options, given_sampling, note, open_engine, sampling
+from klquant.errors import UserError
+
+HELP = "/reset forgets the conversation, /stats shows speed and memory, Ctrl-C stops an answer, Ctrl-D leaves"
+
+
+@click.command("chat")
+@click.argument("model")
+@engine_options
+def command(
+    model: str, devices: str | None, max_memory: dict[str, int] | None, max_context: int | None, cache_bits: str,
+    **params,
+) -> None:  # fmt: skip
+    """Talk with MODEL, a checkpoint folder or a hub id, quantized or not.
+
+    Each turn computes only what is new. /reset forgets the conversation, /stats shows speed and memory, Ctrl-C stops an
+    answer, Ctrl-D leaves.
+    """
+    from klquant.engine.session import Chat
+
+    given = given_sampling(**params)
+    with open_engine(model, devices, max_memory, max_context, cache_bits) as engine:
+        chosen = sampling(engine, given)
+        if engine.tokenizer.template is None:
+            note("the model has no chat template: turns are paragraphs of `role: text`")
+        if sys.stdin.isatty():
+            note(HELP)
+        chat = Chat(engine)
+        for text in _lines():
+            if text == "/reset":
+                chat.reset()
+            elif text == "/stats":
+                click.echo("\n".join(stats(chat, engine)))
+            elif text.startswith("/"):
+                note(f"unknown command {text.split()[0]}; {HELP}")
+            else:
+                try:
+                    _answer(chat, text, chosen)
+                except UserError as error:  # the conversation fills the context, say: it can go on after a /reset
+                    note(f"error: {error}")
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, until the end of input. Ctrl-C drops the line."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (line editing and history for input())
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(prompt).strip()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo()
+            continue
+        if text:
+            yield text
+
+
+def _answer(chat, text: str, params) -> None:
+    with _interrupt(chat.session.stop):
+        for delta in chat.ask(text, params):
+            click.echo(delta.text, nl=False)
+            sys.stdout.flush()
+    click.echo()
+    answer = chat.session.answer()
+    if answer.error:
+        raise UserError(answer.error)
+    if answer.finish in ("length", "context"):
+        note(f"cut off by {'--max-new-tokens' if answer.finish == 'length' else 'the end of the context'}")
+
+
+@contextmanager
+def _interrupt(stop) -> Iterator[None]:
+    """The first Ctrl-C inside calls `stop`, a second one interrupts."""
+
+    def once(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop()
+
+    before = signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stats(chat, engine) -> Iterator[str]:
+    """Lines on the conversation, the last answer and the memory."""
+    tokens = chat.session.tokens
+    yield f"context: {len(tokens):,} of {engine.limits.max_context:,} tokens"
+    if tokens:
+        answer = chat.session.answer()
+        after = answer.seconds - answer.seconds_to_first
+        rate = f", then {(len(answer.tokens) - 1) / after:,.1f} tokens/s" if len(answer.tokens) > 1 else ""
+        yield f"last answer: {len(answer.tokens):,} tokens, the first after {answer.seconds_to_first:.2f} s{rate}"
+        yield f"seed: {answer.seed}"
+    for row in engine.usage():
+        if row.actual is not None:
+            name = row.part.replace("_", " ")
+            yield f"{row.device} {name}: {row.actual / 2**20:,.1f} MiB, predicted {row.predicted / 2**20:,.1f}"

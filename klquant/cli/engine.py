@@ -1,0 +1,115 @@
+"""What `generate` and `chat` share: options, loading with its progress, notes on stderr."""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+from klquant.cli.spell import Size
+from klquant.engine.request import SamplingParams
+
+if TYPE_CHECKING:
+    from klquant.engine.engine import Engine
+
+_RECOMMENDED = "[default: the checkpoint's]"
+_SAMPLING = (
+    click.option("--max-new-tokens", type=int, default=SamplingParams.max_new_tokens, show_default=True,
+                 metavar="N", help="Tokens of an answer at most."),
+    click.option("--temperature", type=float, metavar="T", help=f"0: always the likeliest token.  {_RECOMMENDED}"),
+    click.option("--top-k", type=int, metavar="K", help=f"Choose among the K likeliest tokens.  {_RECOMMENDED}"),
+    click.option("--top-p", type=float, metavar="P",
+                 help=f"Choose among the fewest tokens that reach probability P.  {_RECOMMENDED}"),
+    click.option("--min-p", type=float, metavar="P",
+                 help=f"Choose among tokens at least P times as likely as the first.  {_RECOMMENDED}"),
+    click.option("--repetition-penalty", type=float, metavar="R",
+                 help=f"Above 1: make tokens that occurred less likely.  {_RECOMMENDED}"),
+    click.option("--seed", type=int, metavar="N", help="Equal seeds give equal answers.  [default: a new one]"),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Can be repeated."),
+)  # fmt: skip
+
+
+class DeviceSizes(click.ParamType):
+    """cuda:0=20GiB,cuda:1=11GiB."""
+
+    name = "sizes"
+
+    def convert(self, value, param, ctx) -> dict[str, int]:
+        if isinstance(value, dict):
+            return value
+        pairs = [part.partition("=") for part in value.split(",")]
+        if not all(name and size for name, _, size in pairs):
+            self.fail(f"{value!r} is not DEVICE=SIZE,…; write cuda:0=20GiB", param, ctx)
+        return {name.strip(): Size().convert(size, param, ctx) for name, _, size in pairs}
+
+
+_LOADING = (
+    click.option("--devices", metavar="NAMES", help="cuda:0,cuda:1 or cpu.  [default: all GPUs, or the CPU]"),
+    click.option("--max-memory", type=DeviceSizes(), metavar="SIZES",
+                 help="What devices may use at most: cuda:0=20GiB,cuda:1=11GiB.  [default: what is free]"),
+    click.option("--max-context", type=click.IntRange(1), metavar="N",
+                 help="Tokens of prompt and answer together.  [default: 8192, or the model's limit]"),
+    click.option("--cache-bits", type=click.Choice(["16", "8"]), default="16", show_default=True,
+                 help="Bits of a value in the latent cache."),
+)  # fmt: skip
+
+
+def engine_options(command: Callable) -> Callable:
+    """The options of both commands."""
+    for option in reversed(_SAMPLING + _LOADING):
+        command = option(command)
+    return command
+
+
+def open_engine(
+    model: str, devices: str | None, max_memory: Mapping[str, int] | None, max_context: int | None, cache_bits: str
+) -> "Engine":  # fmt: skip
+    """Load a model for one sequence, and say so where it will be slow. Raises UserError as the engine does."""
+    from klquant.checkpoint.hub import resolve_model
+    from klquant.engine.engine import Engine
+
+    with _bar() as progress:
+        engine = Engine.from_pretrained(
+            resolve_model(model, weights=True), devices=devices, max_memory=max_memory, max_context=max_context,
+            max_batch=1, cache_bits=int(cache_bits), progress=progress,
+        )  # fmt: skip
+    if engine.on_cpu:
+        note("running on the CPU: klquant's plain reference path, right but slow; its kernels need a CUDA GPU")
+    return engine
+
+
+def given_sampling(**params: object) -> dict[str, object]:
+    """The sampling options that were given. Raises UserError for one out of range, before anything is loaded."""
+    given = {name: value for name, value in params.items() if value is not None}
+    SamplingParams(**given)
+    return given
+
+
+def sampling(engine: "Engine", given: dict[str, object]) -> SamplingParams:
+    """What the checkpoint recommends, with what was given in its place."""
+    return replace(engine.defaults, **given)
+
+
+def note(text: str) -> None:
+    """A line for people, beside the output."""
+    click.echo(f"klquant: {text}", err=True)
+
+
+def _bar() -> AbstractContextManager:
+    """Bytes read while a model loads, on a terminal; None elsewhere."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    class Bar(Progress):
+        def __enter__(self):
+            super().__enter__()
+            task = self.add_task("loading", total=None)
+            return lambda done, total: self.update(task, completed=done, total=total)
+
+    return Bar(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True
+    )

@@ -1,0 +1,62 @@
+"""`klquant generate MODEL PROMPT`: one answer, as it comes."""
+
+import json
+import sys
+
+import click
+
+from klquant.cli.engine import engine_options, given_sampling, note, open_engine, sampling
+from klquant.errors import UserError
+
+
+@click.command("generate")
+@click.argument("model")
+@click.argument("prompt")
+@engine_options
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text as it comes.")
+def command(
+    model: str, prompt: str, raw: bool, as_json: bool, devices: str | None, max_memory: dict[str, int] | None,
+    max_context: int | None, cache_bits: str, **params,
+) -> None:  # fmt: skip
+    """Answer PROMPT ("-": read it from stdin) with MODEL, a checkpoint folder or a hub id, quantized or not.
+
+    PROMPT is one message through the model's chat template; a model without one continues it as text.
+    """
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    given = given_sampling(**params)
+    with open_engine(model, devices, max_memory, max_context, cache_bits) as engine:
+        chosen = sampling(engine, given)
+        if not raw and engine.tokenizer.template is None:
+            raw = True
+            note("the model has no chat template: it continues the prompt as text")
+        job = engine.submit(prompt if raw else [{"role": "user", "content": prompt}], chosen)
+        for delta in engine.follow(job):
+            if not as_json:
+                click.echo(delta.text, nl=False)
+                sys.stdout.flush()
+        answer = job.answer()
+    if answer.error:
+        raise UserError(answer.error)
+    if as_json:
+        click.echo(json.dumps(answer_json(answer, model, prompt), ensure_ascii=False))
+    else:
+        click.echo()
+
+
+def answer_json(answer, model: str, prompt: str) -> dict:
+    """An answer for machines; seconds since the request was made."""
+    return {
+        "model": model,
+        "prompt": prompt,
+        "text": answer.text,
+        "finish": answer.finish,
+        "prompt_tokens": answer.prompt_tokens,
+        "tokens": list(answer.tokens),
+        "seed": answer.seed,
+        "seconds_to_first_token": answer.seconds_to_first,
+        "seconds": answer.seconds,
+    }

@@ -1,0 +1,116 @@
+"""`klquant generate` and `chat` on the demo model, as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from klquant.cli.main import main
+from tests.tiny import tiny_checkpoint
+
+DEMO = str(Path(__file__).parents[2] / "demo" / "model")
+PROMPT = "def test_open("
+
+
+def run(*args: object, stdin: str | None = None):
+    return CliRunner().invoke(main, [*map(str, args)], prog_name="klquant", input=stdin, catch_exceptions=False)
+
+
+def test_generate_continues_the_prompt():
+    done = run("generate", DEMO, PROMPT, "--devices", "cpu", "--max-new-tokens", 24)
+    assert done.exit_code == 0 and "def test_" in done.stdout
+    assert done.stderr.count("running on the CPU") == 1 and "no chat template" in done.stderr
+    shown = json.loads(
+        run("generate", DEMO, "-", "--devices", "cpu", "--max-new-tokens", 24, "--json", stdin=PROMPT).stdout
+    )
+    assert shown["text"] + "\n" == done.stdout and len(shown["tokens"]) == 24 and shown["finish"] == "length"
+
+
+def test_sampling_options_reach_the_sampler():
+    options = ("--devices", "cpu", "--max-new-tokens", 30, "--temperature", 1.0, "--top-p", 0.9, "--json")
+    first, again, other = (
+        json.loads(run("generate", DEMO, PROMPT, *options, "--seed", seed).stdout)["text"] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    stop = first[5:8]
+    ended = json.loads(run("generate", DEMO, PROMPT, *options, "--seed", 1, "--stop", stop).stdout)
+    assert ended["finish"] == "stop" and ended["text"] == first[: first.index(stop)]
+
+
+def test_a_chat_template_is_used_unless_raw(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    options = ("--devices", "cpu", "--max-new-tokens", 1, "--json")
+    for extra, tokens in ((), 1 + len("<hello>")), (("--raw",), 1 + len("hello")):
+        assert json.loads(run("generate", model, "hello", *options, *extra).stdout)["prompt_tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["nope", "x"], "nope: no such folder"),
+        ([DEMO, " "], "the prompt is empty"),
+        ([DEMO, "x", "--devices", "cuda:9"], "device cuda:9: 0 CUDA"),
+        ([DEMO, "x", "--devices", "tpu"], "unknown device 'tpu'"),
+        ([DEMO, "x" * 300, "--devices", "cpu", "--max-context", 64], "tokens, which fills the context of 64"),
+        ([DEMO, "x", "--devices", "cpu", "--max-context", 5000], "beyond the model's own limit of 4,096"),
+        ([DEMO, "x", "--devices", "cpu", "--max-memory", "cpu=100MB"], "GiB are missing"),
+        ([DEMO, "x", "--top-p", 2], "top_p is 2.0, expected above 0 and at most 1"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(args, message):
+    done = run("generate", *args)
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.exit_code == 2 and len(errors) == 1 and message in errors[0] and not done.stdout
+
+
+def test_logits_that_are_no_numbers_are_an_error(tmp_path):
+    """A scale of the norm that no check at load can call wrong, and that overflows."""
+    from tests.tiny import tiny_config, tiny_tensors, write_checkpoint
+
+    raw = tiny_config()
+    tensors = tiny_tensors(raw)
+    tensors["model.layers.1.self_attn.o_proj.weight"][:] = 3e38
+    model = write_checkpoint(tmp_path / "model", raw, tensors)
+    done = run("generate", model, "hello", "--devices", "cpu")
+    assert done.exit_code == 2 and "model.layers.1 is the first" in done.stderr and not done.stdout.strip()
+
+
+def test_chat_goes_on_and_forgets():
+    turns = "hello\n/stats\nand more\n/what\n/reset\n/stats\n"
+    done = run("chat", DEMO, "--devices", "cpu", "--max-new-tokens", 8, stdin=turns)
+    assert done.exit_code == 0
+    contexts = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("context:")]
+    assert len(contexts) == 2 and contexts[0] > 8 and contexts[1] == 0
+    assert "unknown command /what" in done.stderr and "cut off by --max-new-tokens" in done.stderr
+
+
+def test_chat_survives_a_turn_that_does_not_fit():
+    done = run("chat", DEMO, "--devices", "cpu", "--max-context", 40, "--max-new-tokens", 4, stdin=f"{'x ' * 60}\nhi\n")
+    assert done.exit_code == 0 and "fills the context of 40" in done.stderr
+    assert len(done.stdout.splitlines()) >= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_stops_the_answer_and_not_the_chat():
+    """A first turn without an end, interrupted; then a second one, and the end of input."""
+    command = [sys.executable, "-m", "klquant.cli.main", "chat", DEMO, "--devices", "cpu", "--max-new-tokens", "4000"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"}) as chat:
+        chat.stdin.write(b"hello\n")
+        chat.stdin.flush()
+        assert chat.stdout.read(1)
+        time.sleep(0.2)
+        chat.send_signal(signal.SIGINT)
+        chat.stdin.write(b"/stats\n")
+        chat.stdin.close()
+        rest = chat.stdout.read().decode()
+        assert chat.wait(30) == 0
+    tokens = int(rest[rest.index("context: ") :].split()[1].replace(",", ""))
+    assert 1 < tokens < 4000
