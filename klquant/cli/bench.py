@@ -187,9 +187,8 @@ def run(source, devices: "dict[torch.device, int]", cells: "Cells", cache_bits: 
         for batch in cells.batch:
             notes.status(f"decode of {batch} at {context:,} tokens")
             fits = cells.cached(batch, context) <= cached
-            bits = placement.memory.cache_bits
             decode[context, batch] = (
-                bench.measure_decode(runner, sizes, batch, context, cells.steps, bits) if fits else None
+                bench.measure_decode(runner, sizes, batch, context, cells.steps, cache_bits) if fits else None
             )
     latent, kda = ([getattr(stage.state, name) for stage in runner.stages] for name in ("latent", "kda"))
     return Bench(
@@ -207,12 +206,13 @@ def _place(
     from klquant.engine.sizes import held_sizes
     from klquant.errors import UserError
 
-    options = {"sequences": max((1, *cells.batch)), "cache_bits": cache_bits}
+    needs = {"context": cells.most_cached, "sequences": max((1, *cells.batch)), "cache_bits": cache_bits}
     try:
-        return place(outline, devices, dtype, context=cells.most_cached, **options)
+        return place(outline, devices, dtype, **needs)
     except UserError:
-        most = longest_context(outline.config, held_sizes(outline, dtype), devices, most=cells.most_cached, **options)
-        return place(outline, devices, dtype, context=max(most, CONTEXT_STEP), **options)
+        sizes = held_sizes(outline, dtype)
+        most = longest_context(outline.config, sizes, devices, **needs, activation_bytes=dtype.itemsize)
+        return place(outline, devices, dtype, **needs | {"context": max(most, CONTEXT_STEP)})
 
 
 def _device_name(device: "torch.device") -> str:

@@ -110,7 +110,8 @@ def measure_decode(
     reply.tokens()
     step_s = (time.perf_counter() - started) / steps
     middle = context + WARM_STEPS + steps // 2
-    return Decode(batch, context, steps, step_s, step_traffic(runner.cfg, sizes, batch, middle, cache_bits))
+    traffic = step_traffic(runner.cfg, sizes, batch, middle, cache_bits, runner.weights.dtype.itemsize)
+    return Decode(batch, context, steps, step_s, traffic)
 
 
 def prepare(runner: Runner, batch: int, context: int, steps: int) -> list[int]:

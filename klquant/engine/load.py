@@ -35,12 +35,8 @@ def place(
     outline: Outline, devices: Mapping[torch.device, int], dtype: torch.dtype, *, context: int, sequences: int = 1,
     cache_bits: int = 16,
 ) -> Placement:  # fmt: skip
-    """Where a model goes (`plan_placement`). `cache_bits`: 8, or 16 for latents in `dtype`.
-
-    On a CPU weights are plain tensors of `dtype` if they fit so.
-    """
-    bits = cache_bits if cache_bits == 8 else 8 * dtype.itemsize
-    options = {"context": context, "sequences": sequences, "cache_bits": bits}
+    """Where a model goes (`plan_placement`). On a CPU weights are plain tensors of `dtype` if they fit so."""
+    options = {"context": context, "sequences": sequences, "cache_bits": cache_bits, "activation_bytes": dtype.itemsize}
     if CPU in devices:
         try:
             sizes = held_sizes(outline, dtype, packed=False)

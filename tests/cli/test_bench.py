@@ -2,10 +2,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from klquant.checkpoint.quantized import QuantizedReader
 from klquant.cli import main as cli
 from klquant.cli.bench import Numbers
+from klquant.engine.placement import CPU, plan_placement
+from klquant.engine.sizes import Outline, held_sizes
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 SMALL = ("--devices", "cpu", "--prefill", "16", "--batch", "1,2", "--context", "16", "--steps", "2")
@@ -39,10 +43,14 @@ def test_predicted_memory_is_actual_memory(result):
 
 
 def test_tables_say_that_a_cpu_is_slow_and_what_does_not_fit():
-    memory = 2 * (1 << 30)
-    done = run(str(DEMO), *SMALL, "--context", "16,4000", "--max-memory", f"cpu={memory}B")
+    outline = Outline.of(QuantizedReader.open(DEMO))
+    sizes, needs = held_sizes(outline, torch.float32), {"context": 6 * 1024, "sequences": 2, "activation_bytes": 4}
+    room = plan_placement(outline.config, sizes, {CPU: 1 << 40}, **needs).shares[0].total
+    cells = ("--devices", "cpu", "--prefill", "16", "--batch", "1,2", "--context", "4000", "--steps", "2")
+    done = run(str(DEMO), *cells, "--max-memory", f"cpu={room}B")
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("slow") == 1
+    assert done.stdout.count("does not fit") == 1
     assert "latent cache" in done.stdout and "of copy" in done.stdout and "predicted" in done.stdout
     assert "RTX" not in done.stdout
 

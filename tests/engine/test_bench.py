@@ -34,7 +34,7 @@ def test_a_cell_takes_the_room_it_says_and_no_more(weights, bits):
     assert state.length[:3].tolist() == [100 + 3 + 5] * 3
     tables = state.table[:3, :2].flatten().tolist()
     assert sorted(tables) == list(range(6))
-    assert row.traffic == step_traffic(CONFIG, sizes, 3, 105, bits)
+    assert row.traffic == step_traffic(CONFIG, sizes, 3, 105, bits, 4)
     prefill = measure_prefill(runner, 70, chunk=32)
     assert prefill.tokens_s == 70 / prefill.first_token_s
     assert state.length[0] == 70
