@@ -11,8 +11,9 @@ from klquant.cli.render import console, decimal, tokens
 from klquant.recipe.memory import GIB
 
 if TYPE_CHECKING:
-    from klquant.cli.bench import Bench
+    from klquant.cli.bench_run import Bench
 
+NO_ROOM = Text("does not fit", style="dim")
 PART_NAMES = {"latent_cache": "latent cache", "kda_state": "KDA state"}
 
 
@@ -40,7 +41,7 @@ class Notes:
         self.status(f"loading {decimal(done)} of {decimal(total)}")
 
     def note(self, text: str) -> None:
-        self.console.print(Text(f"note: {text}", style="yellow"))
+        self.console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
 
 
 def print_bench(result: "Bench") -> None:
@@ -75,19 +76,20 @@ def _section(out: Console, title: str, rows: Table) -> None:
 
 def _prefill_table(result: "Bench") -> Table:
     rows = _columns("prompt", "first token, ms", "tokens/s")
-    for p in result.prefill:
-        rows.add_row(tokens(p.tokens), f"{p.first_token_s * 1e3:,.0f}", f"{p.tokens_s:,.0f}")
+    for n, p in result.prefill.items():
+        cells = [f"{p.first_token_s * 1e3:,.0f}", f"{p.tokens_s:,.0f}"] if p else [NO_ROOM]
+        rows.add_row(tokens(n), *cells)
     return rows
 
 
 def _decode_table(result: "Bench") -> Table:
-    from klquant.cli.bench import predicted_tokens_s
+    from klquant.cli.bench_run import predicted_tokens_s
 
     predicted = ["RTX 4090\npredicted"] if result.ceilings.launches else []
     rows = _columns("context", "batch", "step, ms", "tokens/s", "moved", "of copy", *predicted)
     for (context, batch), row in result.decode.items():
         if row is None:
-            rows.add_row(tokens(context), str(batch), Text("does not fit", style="dim"))
+            rows.add_row(tokens(context), str(batch), NO_ROOM)
             continue
         cells = [f"{row.step_s * 1e3:.2f}", f"{row.tokens_s:,.0f}", decimal(row.traffic.total)]
         cells.append(f"{row.bytes_s / result.ceilings.copy_bytes_s:.0%}")

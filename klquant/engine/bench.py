@@ -6,7 +6,6 @@ a long context is timed, but with noise: time does not depend on what latents sa
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -130,7 +129,7 @@ def count_launches(runner: Runner) -> int | None:
     """Kernels of a decode step of one sequence; None on a CPU."""
     if not _on_gpu(runner):
         return None
-    slots = prepare(runner, 1, PAGE_SIZE, WARM_STEPS + 1)
+    slots = prepare(runner, 1, 1, WARM_STEPS + 1)
     for _ in range(WARM_STEPS):
         runner.decode(slots, "greedy")
     _wait(runner)
@@ -152,9 +151,9 @@ def _on_gpu(runner: Runner) -> bool:
 class Cells:
     """What to measure: prompts of `prefill` tokens; every batch with every context, for `steps` steps."""
 
-    prefill: Sequence[int]
-    batch: Sequence[int]
-    context: Sequence[int]
+    prefill: tuple[int, ...]
+    batch: tuple[int, ...]
+    context: tuple[int, ...]
     steps: int
 
     @property
@@ -175,6 +174,6 @@ class Cells:
         """Those that the model's own context allows."""
         most = config.max_context
         return Cells(
-            [n for n in self.prefill if n < most], self.batch,
-            [c for c in self.context if c + WARM_STEPS + self.steps < most], self.steps,
+            tuple(n for n in self.prefill if n < most), self.batch,
+            tuple(c for c in self.context if c + WARM_STEPS + self.steps < most), self.steps,
         )  # fmt: skip

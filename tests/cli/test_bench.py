@@ -27,7 +27,7 @@ def result() -> dict:
 
 
 def test_every_cell_is_measured(result):
-    assert [p["tokens"] for p in result["prefill"]] == [16]
+    assert [(p["tokens"], p["fits"]) for p in result["prefill"]] == [(16, True)]
     assert [(d["context"], d["batch"]) for d in result["decode"]] == [(16, 1), (16, 2)]
     for row in result["decode"]:
         assert row["fits"] and row["tokens_s"] == pytest.approx(row["batch"] / row["step_s"])
@@ -49,10 +49,17 @@ def test_tables_say_that_a_cpu_is_slow_and_what_does_not_fit():
     cells = ("--devices", "cpu", "--prefill", "16", "--batch", "1,2", "--context", "4000", "--steps", "2")
     done = run(str(DEMO), *cells, "--max-memory", f"cpu={room}B")
     assert done.exit_code == 0, done.stderr
-    assert done.stderr.count("slow") == 1
+    assert done.stderr.count("slow") == 1 and "beyond" not in done.stderr
     assert done.stdout.count("does not fit") == 1
     assert "latent cache" in done.stdout and "of copy" in done.stdout and "predicted" in done.stdout
     assert "RTX" not in done.stdout
+
+
+def test_what_the_model_cannot_hold_is_left_out_and_said():
+    done = run(str(DEMO), "--devices", "cpu", "--prefill", "16,4096", "--batch", "1", "--context", "8k", "--steps", "1")
+    assert done.exit_code == 0, done.stderr
+    assert "beyond the model's own context of 4,096 tokens" in done.stderr
+    assert "Decode" not in done.stdout and "4 k" not in done.stdout
 
 
 def test_a_known_shape_needs_no_checkpoint():
@@ -70,7 +77,7 @@ def test_a_known_shape_needs_no_checkpoint():
     (("--synthetic", "kimi"), "unknown synthetic model 'kimi'"),
     ((str(DEMO), "--batch", "1,x"), "is not a number"),
     ((str(DEMO), "--devices", "tpu"), "unknown device 'tpu'"),
-    (("nowhere",), "no such file"),
+    (("nowhere",), "no such folder"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_refused(args, says):
     done = run(*args)

@@ -1,0 +1,137 @@
+"""What `klquant bench` does between its options and its tables: place, load, measure, and say it in JSON."""
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+import klquant
+from klquant.engine import bench
+from klquant.engine.bench import Cells, Decode, Prefill
+from klquant.engine.ceilings import RTX_4090, Ceilings, copy_rate, launch_seconds
+from klquant.engine.load import default_dtype, place
+from klquant.engine.placement import CONTEXT_STEP, Placement, longest_context
+from klquant.engine.runner import Runner
+from klquant.engine.sizes import Outline, held_sizes
+from klquant.engine.usage import Usage, measured_usage
+from klquant.errors import UserError
+from klquant.kernels.mla.pages import PAGE_SIZE
+
+JSON_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that was measured. `prefill` by tokens, `decode` by (context, batch); None: the cache does not fit."""
+
+    model: str
+    recipe: str | None
+    devices: tuple[str, ...]
+    dtype: str
+    cache_bits: int
+    load_s: float
+    notes: tuple[str, ...]
+    usage: list[Usage]
+    ceilings: Ceilings
+    prefill: dict[int, Prefill | None]
+    decode: dict[tuple[int, int], Decode | None]
+
+
+def run(source, devices: dict[torch.device, int], cells: Cells, cache_bits: int, notes) -> Bench:
+    """Load, then measure every cell that fits."""
+    outline, dtype, first = source.outline, default_dtype(devices), next(iter(devices))
+    wanted, cells = cells, cells.within(outline.config)
+    if cells != wanted:
+        notes.note(f"left out what is beyond the model's own context of {outline.config.max_context:,} tokens")
+    placement = _place(outline, devices, dtype, cells, cache_bits)
+    copy_bytes_s = copy_rate(first)
+    if first.type == "cuda":
+        torch.cuda.empty_cache()
+    started = time.perf_counter()
+    weights = source.load(placement, dtype, notes)
+    load_s = time.perf_counter() - started
+    cached = placement.memory.context
+    runner = Runner(
+        weights, slots=placement.memory.sequences, pages=cached // PAGE_SIZE,
+        max_context=min(cells.longest, cached), cache_bits=cache_bits,
+    )  # fmt: skip
+    bench.fill_with_noise(runner)
+    launches = bench.count_launches(runner)
+    ceilings = Ceilings(copy_bytes_s, launch_seconds(first) if launches else None, launches)
+    for device in weights.devices:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    prefill, decode = {}, {}
+    for n in cells.prefill:
+        notes.status(f"prefill of {n:,} tokens")
+        prefill[n] = bench.measure_prefill(runner, n) if n < cached else None
+    sizes = held_sizes(outline, dtype, placement.packed)
+    for context in cells.context:
+        for batch in cells.batch:
+            notes.status(f"decode of {batch} at {context:,} tokens")
+            fits = cells.cached(batch, context) <= cached
+            decode[context, batch] = (
+                bench.measure_decode(runner, sizes, batch, context, cells.steps, cache_bits) if fits else None
+            )
+    latent, kda = ([getattr(stage.state, name) for stage in runner.stages] for name in ("latent", "kda"))
+    return Bench(
+        source.name, source.recipe, tuple(map(_device_name, weights.devices)), str(dtype).removeprefix("torch."),
+        cache_bits, load_s, weights.notes, measured_usage(placement, weights, latent, kda), ceilings, prefill, decode,
+    )  # fmt: skip
+
+
+def _place(
+    outline: Outline, devices: dict[torch.device, int], dtype: torch.dtype, cells: Cells, cache_bits: int
+) -> Placement:
+    """Room for all cells, or else for as much cache as there can be."""
+    needs = {"context": cells.most_cached, "sequences": max((1, *cells.batch)), "cache_bits": cache_bits}
+    try:
+        return place(outline, devices, dtype, **needs)
+    except UserError:
+        sizes = held_sizes(outline, dtype)
+        most = longest_context(outline.config, sizes, devices, **needs, activation_bytes=dtype.itemsize)
+        return place(outline, devices, dtype, **needs | {"context": max(most, CONTEXT_STEP)})
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
+
+
+def bench_json(result: Bench) -> dict:
+    """For machines. Bytes, seconds; `rtx_4090_predicted_tokens_s` is a prediction and null on a CPU."""
+    decode = []
+    for (context, batch), row in result.decode.items():
+        if row is None:
+            decode.append({"batch": batch, "context": context, "fits": False})
+            continue
+        card = predicted_tokens_s(result.ceilings, row)
+        decode.append({
+            "batch": batch, "context": context, "fits": True, "steps": row.steps, "step_s": row.step_s,
+            "tokens_s": row.tokens_s, "bytes_moved": asdict(row.traffic) | {"total": row.traffic.total},
+            "of_copy": row.bytes_s / result.ceilings.copy_bytes_s, "rtx_4090_predicted_tokens_s": card,
+        })  # fmt: skip
+    return {
+        "schema": JSON_SCHEMA,
+        "klquant": klquant.__version__,
+        "model": result.model,
+        "recipe": result.recipe,
+        "devices": list(result.devices),
+        "dtype": result.dtype,
+        "cache_bits": result.cache_bits,
+        "load_s": result.load_s,
+        "notes": list(result.notes),
+        "memory": [asdict(u) | {"device": str(u.device)} for u in result.usage],
+        "ceilings": asdict(result.ceilings),
+        "prefill": [
+            {"tokens": n, "fits": p is not None} | (asdict(p) | {"tokens_s": p.tokens_s} if p else {})
+            for n, p in result.prefill.items()
+        ],
+        "decode": decode,
+    }
+
+
+def predicted_tokens_s(ceilings: Ceilings, row: Decode) -> float | None:
+    """What an RTX 4090 would reach in this cell, if it has the memory."""
+    seconds = ceilings.predict(row.traffic.total, row.step_s, RTX_4090)
+    return None if seconds is None else row.batch / seconds
