@@ -231,6 +231,29 @@ def test_nothing_is_blamed_when_all_is_well(runner):
     assert runner.find_bad_layer(random_ids(70), 0, 33) is None
 
 
+@pytest.mark.parametrize("embedded_outside", [False, True])
+def test_stages_hand_the_stream_on(weights, monkeypatch, embedded_outside):
+    """Layers in three runs, as if on three devices, and the embedding aside of the first, as on a CPU beside GPUs."""
+    ids, params = random_ids(70), SamplingParams(temperature=1.0, seed=5)
+
+    def answer(runner):
+        begin(runner, 2, [0, 1], params, ids)
+        tokens = [runner.first_token(runner.prefill(ids, 2, 0), 2, 70, "plain").token[0].item()]
+        for _ in range(6):
+            tokens.append(runner.decode([-1, 2], "plain").token[1].item())
+        return tokens
+
+    want = answer(make_runner(weights))
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(
+        "klquant.engine.runner._stages", lambda _: [(cpu, range(1)), (cpu, range(1, 3)), (cpu, range(3, 4))]
+    )
+    monkeypatch.setattr(Runner, "_embeds_in_stage", not embedded_outside)
+    split = make_runner(weights)
+    assert [len(s.state.kda) + len(s.state.latent) for s in split.stages] == [1, 2, 1]
+    assert answer(split) == want
+
+
 def test_buckets():
     assert [bucket(n) for n in (1, 2, 3, 9, 17, 33, 64, 65, 200)] == [1, 2, 4, 16, 24, 48, 64, 128, 256]
     assert PAGE_SIZE == 64
