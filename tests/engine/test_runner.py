@@ -192,6 +192,17 @@ def test_an_8_bit_cache_gives_the_same_however_the_text_is_cut(model, weights, m
         assert (other - got[0]).norm() / got[0].norm() < error / 10
 
 
+def test_long_contexts_are_read_in_blocks(weights, monkeypatch):
+    ids = random_ids(200)
+    logits = []
+    for block in (8192, 70):
+        monkeypatch.setattr("klquant.model.mla.LATENT_BLOCK", block)
+        runner = make_runner(weights)
+        begin(runner, 0, [9, 3, 1, 8])
+        logits.append(prefill_logits(runner, ids, 0, 45))
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+
+
 def test_sampled_tokens_do_not_depend_on_where_the_prompt_ends(weights):
     """Noise belongs to positions: 70 tokens and then decoding, or 40 and the rest forced, draw the same token."""
     ids, params = random_ids(70), SamplingParams(temperature=1.0, seed=5)
