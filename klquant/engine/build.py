@@ -97,6 +97,8 @@ def build_weights(source: Source, places: Places, dtype: torch.dtype) -> EngineW
     if places.embedding.type == "cpu" and places.head.type == "cuda":
         embedding_VC = embedding_VC.pin_memory()
     layers = tuple(build.layer(i, device) for i, device in enumerate(places.layers))
+    if places.head.type == "cuda":
+        torch.cuda.empty_cache()  # what packing needed is now room for caches
     return EngineWeights(source.config, embedding_VC, layers, head, tuple(build.notes))
 
 

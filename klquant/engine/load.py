@@ -36,7 +36,7 @@ def place(
     cache_bits: int = 16,
 ) -> Placement:  # fmt: skip
     """Where a model goes (`plan_placement`). On a CPU weights are plain tensors of `dtype` if they fit so."""
-    options = {"context": context, "sequences": sequences, "cache_bits": cache_bits}
+    options = {"context": context, "sequences": sequences, "cache_bits": cache_bits, "activation_bytes": dtype.itemsize}
     if CPU in devices:
         try:
             sizes = held_sizes(outline, dtype, packed=False)

@@ -7,6 +7,7 @@ what is balanced is the bytes that it makes each of them read, as far as they al
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Required, TypedDict, Unpack
 
 import torch
 
@@ -97,24 +98,27 @@ def _numbered(device: torch.device) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
+class Needs(TypedDict, total=False):
+    """What is to fit beside the weights, as `predict_memory` takes it: `context` cached tokens over all `sequences`."""
+
+    context: Required[int]
+    sequences: int
+    cache_bits: int
+    activation_bytes: int
+
+
 def plan_placement(
-    config: KimiLinearConfig,
-    sizes: WeightSizes,
-    devices: Mapping[torch.device, int],
-    *,
-    context: int,
-    sequences: int = 1,
-    cache_bits: int = 16,
-    packed: bool = True,
-) -> Placement:
-    """Place a model whose weights take `sizes` (`held_sizes`) on `devices`, with room for `context` cached tokens over
-    `sequences` sequences. The embedding goes to the CPU where that makes it fit.
+    config: KimiLinearConfig, sizes: WeightSizes, devices: Mapping[torch.device, int], *, packed: bool = True,
+    **needs: Unpack[Needs],
+) -> Placement:  # fmt: skip
+    """Place a model whose weights take `sizes` (`held_sizes`) on `devices`. The embedding goes to the CPU where that
+    makes it fit.
 
     Raises UserError that says how much is missing, and what would fit.
     """
-    memory, split = _best(config, sizes, devices, context, sequences, cache_bits)
+    memory, split = _best(config, sizes, devices, needs)
     if split.missing:
-        raise UserError(_does_not_fit(config, sizes, devices, memory, split))
+        raise UserError(_does_not_fit(config, sizes, devices, needs))
     shares, start = [], 0
     for (device, room), end in zip(devices.items(), split.ends, strict=True):
         if end > start:
@@ -124,27 +128,23 @@ def plan_placement(
 
 
 def longest_context(
-    config: KimiLinearConfig, sizes: WeightSizes, devices: Mapping[torch.device, int], *, most: int,
-    sequences: int = 1, cache_bits: int = 16,
-) -> int:  # fmt: skip
-    """The most tokens, in steps of CONTEXT_STEP and up to `most`, that `devices` hold beside the weights; 0 if none."""
-    low, high = 0, most // CONTEXT_STEP
+    config: KimiLinearConfig, sizes: WeightSizes, devices: Mapping[torch.device, int], **needs: Unpack[Needs]
+) -> int:
+    """The most tokens, in steps of CONTEXT_STEP and up to `context`, that `devices` hold beside the weights; or 0."""
+    low, high = 0, needs["context"] // CONTEXT_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        split = _best(config, sizes, devices, middle * CONTEXT_STEP, sequences, cache_bits)[1]
+        split = _best(config, sizes, devices, needs | {"context": middle * CONTEXT_STEP})[1]
         low, high = (low, middle - 1) if split.missing else (middle, high)
     return low * CONTEXT_STEP
 
 
 def _best(
-    config: KimiLinearConfig, sizes: WeightSizes, devices: Mapping[torch.device, int], context: int, sequences: int,
-    cache_bits: int,
-) -> tuple[Memory, Split]:  # fmt: skip
+    config: KimiLinearConfig, sizes: WeightSizes, devices: Mapping[torch.device, int], needs: Needs
+) -> tuple[Memory, Split]:
     """What is needed and how it is split best, with the embedding on the CPU only if it must be."""
     for on_cpu in (False, True):
-        memory = predict_memory(
-            config, sizes, context, sequences=sequences, cache_bits=cache_bits, embedding_on_cpu=on_cpu
-        )
+        memory = predict_memory(config, sizes, **needs, embedding_on_cpu=on_cpu)
         rooms = [room - memory.workspace - memory.runtime for room in devices.values()]
         split = best_split(memory.stages, memory.reads, rooms)
         if not split.missing or CPU in devices:
@@ -170,25 +170,20 @@ def _share(
 
 
 def _does_not_fit(
-    config: KimiLinearConfig, sizes: WeightSizes, devices: Mapping[torch.device, int], memory: Memory, split: Split
+    config: KimiLinearConfig, sizes: WeightSizes, devices: Mapping[torch.device, int], needs: Needs
 ) -> str:
     """One line: what is missing, and what would fit instead."""
-
-    def fits(sizes: WeightSizes, context: int, bits: int) -> bool:
-        return not _best(config, sizes, devices, context, memory.sequences, bits)[1].missing
-
-    def longest(bits: int) -> int:
-        options = {"most": memory.context, "sequences": memory.sequences, "cache_bits": bits}
-        return longest_context(config, sizes, devices, **options)
-
-    ways = []
-    if memory.cache_bits > 8 and fits(sizes, memory.context, 8):
+    memory, split = _best(config, sizes, devices, needs)
+    ways, eight = [], needs | {"cache_bits": 8}
+    if memory.cache_bits > 8 and not _best(config, sizes, devices, eight)[1].missing:
         ways.append("an 8-bit latent cache")
-    if shorter := longest(memory.cache_bits):
+    if shorter := longest_context(config, sizes, devices, **needs):
         ways.append(f"a context of {shorter:,} tokens")
-    elif memory.cache_bits > 8 and (shorter := longest(8)):
+    elif memory.cache_bits > 8 and (shorter := longest_context(config, sizes, devices, **eight)):
         ways.append(f"a context of {shorter:,} tokens with an 8-bit latent cache")
-    recipes = [name for name, size in _recipe_sizes(config).items() if fits(size, memory.context, memory.cache_bits)]
+    recipes = [
+        name for name, stored in _recipe_sizes(config).items() if not _best(config, stored, devices, needs)[1].missing
+    ]
     if recipes:
         ways.append(f"the recipe {' or '.join(recipes)}")
     where = ", ".join(f"{device} ({room / GIB:.1f} GiB free)" for device, room in devices.items())

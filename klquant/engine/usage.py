@@ -63,13 +63,15 @@ class Traffic:
         return self.always_active + self.routed_experts + self.latent_cache + self.kda_state
 
 
-def step_traffic(config: KimiLinearConfig, sizes: WeightSizes, batch: int, context: int, cache_bits: int) -> Traffic:
+def step_traffic(
+    config: KimiLinearConfig, sizes: WeightSizes, batch: int, context: int, cache_bits: int, activation_bytes: int = 2
+) -> Traffic:
     """A step of `batch` sequences with `context` tokens each. Experts count that uniform routing chooses on average."""
     chosen = 1 - (1 - config.top_k / config.num_experts) ** batch
     routed, mla = sum(sizes.routed), len(config.mla_layers)
     return Traffic(
         always_active=sum(sizes.layers) - routed + sizes.final,
         routed_experts=round(routed * chosen),
-        latent_cache=batch * context * mla * latent_bytes(config, cache_bits),
-        kda_state=2 * batch * (config.num_layers - mla) * kda_state_bytes(config),
+        latent_cache=batch * context * mla * latent_bytes(config, cache_bits, activation_bytes),
+        kda_state=2 * batch * (config.num_layers - mla) * kda_state_bytes(config, activation_bytes),
     )

@@ -107,11 +107,15 @@ def predict_memory(
     *,
     sequences: int = 1,
     cache_bits: int = 16,
+    activation_bytes: int = 2,
     embedding_on_cpu: bool = False,
 ) -> Memory:
-    """Memory for `context` cached tokens in all over `sequences` sequences. `cache_bits`: 16, or 8."""
-    latent = context * latent_bytes(config, cache_bits)
-    state = sequences * kda_state_bytes(config)
+    """Memory for `context` cached tokens in all over `sequences` sequences.
+
+    `cache_bits`: 8, or 16 for latents as wide as activations, of which a value takes `activation_bytes`.
+    """
+    latent = context * latent_bytes(config, cache_bits, activation_bytes)
+    state = sequences * kda_state_bytes(config, activation_bytes)
     embedding = 0 if embedding_on_cpu else weights.embedding
     stages, reads = [], []
     for i, (size, routed) in enumerate(zip(weights.layers, weights.routed, strict=True)):
@@ -130,37 +134,38 @@ def predict_memory(
         weights=weights.total - weights.embedding + embedding,
         latent_cache=latent * len(config.mla_layers),
         kda_state=state * kda_layers,
-        workspace=workspace_estimate(config, min(context, PREFILL_CHUNK), sequences),
+        workspace=workspace_estimate(config, min(context, PREFILL_CHUNK), sequences, activation_bytes),
         runtime=RUNTIME_ESTIMATE,
         stages=tuple(stages),
         reads=tuple(reads),
     )
 
 
-def latent_bytes(config: KimiLinearConfig, bits: int) -> int:
+def latent_bytes(config: KimiLinearConfig, bits: int, activation_bytes: int = 2) -> int:
     """Bytes one token adds to the cache of one MLA layer; at 8 bits with an FP32 scale."""
-    return config.latent_dim * bits // 8 + (4 if bits == 8 else 0)
+    return config.latent_dim + 4 if bits == 8 else config.latent_dim * activation_bytes
 
 
-def kda_state_bytes(config: KimiLinearConfig) -> int:
-    """Bytes one sequence keeps in one KDA layer: the FP32 state and the BF16 tail of the three convolutions."""
+def kda_state_bytes(config: KimiLinearConfig, activation_bytes: int = 2) -> int:
+    """Bytes one sequence keeps in one KDA layer: the FP32 state and the tail of the three convolutions."""
     recurrent = config.kda_heads * config.kda_dim**2 * 4
-    return recurrent + 3 * config.kda_width * (config.conv_width - 1) * 2
+    return recurrent + 3 * config.kda_width * (config.conv_width - 1) * activation_bytes
 
 
-def workspace_estimate(config: KimiLinearConfig, tokens: int, sequences: int) -> int:
+def workspace_estimate(config: KimiLinearConfig, tokens: int, sequences: int, activation_bytes: int = 2) -> int:
     """Activations of a prefill chunk of `tokens`, at their largest: an estimate, to be corrected by measurement.
 
     The residual stream stays; KDA, MLA and MoE follow one another, so the largest of the three counts.
     """
     c = config
-    residual = 3 * c.hidden_size * 2
-    # q, k, v, gate, output and the chunk kernel's five intermediates in BF16, g in FP32; a BF16 state every 64 tokens
-    kda = c.kda_width * (10 * 2 + 4) + c.kda_width * c.kda_dim * 2 // 64
-    mla = c.num_heads * 2 * (c.qk_dim + c.v_dim) * 2
+    value = activation_bytes
+    residual = 3 * c.hidden_size * value
+    # q, k, v, gate, output and the chunk kernel's five intermediates, g in FP32; a state every 64 tokens
+    kda = c.kda_width * (10 * value + 4) + c.kda_width * c.kda_dim * value // 64
+    mla = c.num_heads * 2 * (c.qk_dim + c.v_dim) * value
     # gathered input, gate, up, product and output of each of the token's experts
-    moe = c.top_k * (2 * c.hidden_size + 3 * c.moe_intermediate_size) * 2
-    dense = 3 * c.intermediate_size * 2
+    moe = c.top_k * (2 * c.hidden_size + 3 * c.moe_intermediate_size) * value
+    dense = 3 * c.intermediate_size * value
     logits = sequences * c.vocab_size * 4 * 2
     return tokens * (residual + max(kda, mla, moe, dense)) + logits
 

@@ -9,11 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.engine.load import load_weights, place
+from klquant.engine.request import SamplingParams
+from klquant.engine.runner import Runner
 from klquant.engine.sizes import Outline, held_sizes
-from klquant.engine.weights import FusedKDA, Stacked, storage_bytes
+from klquant.engine.weights import EngineWeights, FusedKDA, Stacked, storage_bytes
 from klquant.errors import UserError
 from klquant.kernels.linear.dispatch import QuantLinear
 from klquant.kernels.linear.layout import split_rows, unpack, values
+from klquant.kernels.mla.pages import PAGE_SIZE
 from klquant.model.forward import Model
 from klquant.model.weights import MoEWeights, PackedMoE, linear
 from tests.engine.build import CPU, RULES, checkpoint, exact_model, general_path, load
@@ -26,7 +29,7 @@ def folder(request, tmp_path_factory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("models") / " ".join(request.param), *request.param)
 
 
-def ids(model: Model) -> torch.Tensor:
+def ids(model: Model | EngineWeights) -> torch.Tensor:
     return torch.randint(0, model.cfg.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -34,6 +37,21 @@ def ids(model: Model) -> torch.Tensor:
 def test_the_packed_model_is_the_plain_one(folder):
     y, want = (m.logits(ids(m)) for m in (general_path(load(folder)), exact_model(folder)))
     assert ((y - want).norm() / want.norm()).item() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [True, False])
+def test_single_steps_go_the_way_of_the_whole_sequence(folder, packed):
+    """Greedy tokens of decode steps, through the fused maps, are the likeliest of one pass through `model`."""
+    weights = load(folder, packed)
+    runner = Runner(weights, slots=1, pages=1, max_context=PAGE_SIZE)
+    tokens = ids(weights)[0].tolist()
+    runner.bind(0, [0], SamplingParams(seed=0), tokens, fresh=True)
+    tokens.append(runner.first_token(runner.prefill(tokens, 0, 0), 0, len(tokens), "greedy").token.item())
+    for _ in range(4):
+        tokens.append(runner.decode([0], "greedy").token.item())
+    likeliest = general_path(weights).logits(torch.tensor([tokens]))[0].argmax(-1).tolist()
+    assert tokens[-5:] == likeliest[-6:-1]
 
 
 def test_unpacked_weights_are_the_readers_values(folder):

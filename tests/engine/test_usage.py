@@ -45,12 +45,12 @@ def test_an_embedding_beside_the_card_is_listed():
 def test_the_longest_context_fits_and_no_longer_one():
     config, _ = parse_synthetic("kimi-linear-48b")
     sizes, cards = held_sizes(synthetic_outline(config, "int4"), torch.bfloat16), {CARD: 30 * GIB}
-    longest = longest_context(config, sizes, cards, most=1 << 20, sequences=4)
+    longest = longest_context(config, sizes, cards, context=1 << 20, sequences=4)
     assert 0 < longest < 1 << 20
     options = {"context": longest, "sequences": 4}
     assert plan_placement(config, sizes, cards, **options).memory.context == longest
-    assert longest_context(config, sizes, cards, most=4096, sequences=4) == 4096
-    assert longest_context(config, sizes, {CARD: 20 * GIB}, most=4096) == 0
+    assert longest_context(config, sizes, cards, context=4096, sequences=4) == 4096
+    assert longest_context(config, sizes, {CARD: 20 * GIB}, context=4096) == 0
 
 
 def test_a_step_reads_what_the_facts_say():

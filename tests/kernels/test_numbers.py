@@ -60,6 +60,17 @@ def test_linear_16_bits(tile, dtype):
     assert error(linear(x.to(DEVICE), packed, Tile(*tile)), x.double() @ exact(w).T) < LIMIT[dtype] / 1.5
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(("start", "stop"), [(0, 64), (64, 175), (128, 190)])
+def test_rows_of_a_weight(start, stop, tokens):
+    """A view of some rows is a linear map of its own, whatever rows follow."""
+    w = random_weight((190, 128), 4)
+    x = torch.randn(tokens, 128).bfloat16()
+    y = dispatch.apply_linear(x.to(DEVICE), dispatch.pack_weight(w).to(DEVICE).rows(start, stop))
+    assert y.shape == (tokens, stop - start)
+    assert error(y, x.double() @ exact(w)[start:stop].T) < LIMIT[x.dtype]
+
+
 @pytest.mark.parametrize(("bits", "tokens"), [(4, 1), (8, 9), (4, 17), (8, 33), (4, 130)])
 def test_every_tile_of_linear(bits, tokens):
     """Row counts and strides as views have them: x is a slice of wider rows."""
