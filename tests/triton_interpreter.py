@@ -49,3 +49,24 @@ def teach_bf16_products() -> None:
         return plain(self, widen(a), widen(b), *rest)
 
     InterpreterBuilder.create_dot = create_dot_widened
+
+
+def teach_bf16_rounding() -> None:
+    """Let the interpreter round FP32 to BF16 to nearest, ties to even, as a GPU does; it truncates."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.cast_impl
+    if plain.__name__ == "cast_rounded":
+        return
+
+    def cast_rounded(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return plain(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = np.where(np.isnan(src.data), 0x7FC0, rounded)
+        return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = cast_rounded

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from klquant.engine.request import MAX_LOGPROBS, SamplingParams
+from klquant.kernels.sample.dispatch import perturb
 
 # greedy: the likeliest token. plain: temperature only. full: sorting, penalty and logprobs as well.
 Mode = Literal["greedy", "plain", "full"]
-MASK = 0xFFFFFFFF
-GOLDEN = 0x9E3779B1  # odd, near 2³²/φ: neighbouring tokens start far apart
 
 
 def mode_of(params: Sequence[SamplingParams]) -> Mode:
@@ -83,7 +82,7 @@ def sample(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: 
     good_B = best_B.isfinite()
     report: tuple[Tensor, ...] = ()
     if mode == "plain":
-        token_B = _draw(z_BV, state, slot_B, position_B, torch.arange(z_BV.shape[1], device=z_BV.device)).argmax(-1)
+        token_B = _draw(z_BV, state, slot_B, position_B).argmax(-1)
     if mode == "full":
         logp_BV = z_BV.log_softmax(-1)
         seen_BV, penalty_B1 = state.seen[slot_B], state.penalty[slot_B, None]
@@ -92,46 +91,25 @@ def sample(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: 
         z_BV = _narrow(z_BV, state, slot_B)
         rank_B1 = _draw(z_BV, state, slot_B, position_B, order_BV).argmax(-1, keepdim=True)
         token_B = order_BV.gather(-1, rank_B1)[:, 0]
-        state.seen[slot_B, token_B] = True
+        state.seen[slot_B, token_B] = torch.ones_like(good_B)
         top = logp_BV.topk(min(MAX_LOGPROBS, logp_BV.shape[1]), -1)
         report = logp_BV.gather(-1, token_B[:, None])[:, 0], top.indices, top.values
     return Chosen(torch.where(good_B, token_B, -1), *report)
-
-
-def _scaled(z_BV: Tensor, state: SamplingState, slot_B: Tensor) -> Tensor:
-    """Logits at the row's temperature; greedy rows as they are."""
-    t_B1 = state.temperature[slot_B, None]
-    return z_BV / torch.where(t_B1 > 0, t_B1, 1)
 
 
 def _narrow(z_BV: Tensor, state: SamplingState, slot_B: Tensor) -> Tensor:
     """Sorted logits, those that top-k, top-p or min-p exclude at −∞. The first always stays."""
     rank_V = torch.arange(z_BV.shape[1], device=z_BV.device)
     z_BV = z_BV.masked_fill(rank_V >= state.top_k[slot_B, None], float("-inf"))
-    p_BV = _scaled(z_BV, state, slot_B).softmax(-1)
+    t_B1 = state.temperature[slot_B, None]
+    p_BV = (z_BV / torch.where(t_B1 > 0, t_B1, 1)).softmax(-1)
     before_BV = p_BV.cumsum(-1) - p_BV
     out_BV = (before_BV >= state.top_p[slot_B, None]) | (p_BV < state.min_p[slot_B, None] * p_BV[:, :1])
     return z_BV.masked_fill(out_BV & (rank_V > 0), float("-inf"))
 
 
-def _draw(z_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor, token: Tensor) -> Tensor:
-    """Scaled logits plus Gumbel noise, whose largest is a draw from their softmax; greedy rows get no noise."""
-    noise_BV = gumbel(state.seed[slot_B], position_B, token)
-    return _scaled(z_BV, state, slot_B) + noise_BV * (state.temperature[slot_B, None] > 0)
-
-
-def gumbel(seed_B: Tensor, position_B: Tensor, token: Tensor) -> Tensor:
-    """Gumbel noise [B, V] FP32 of tokens [V] or [B, V] int64: −log(−log u), u a hash in (0, 1)."""
-    row_B = _mix((seed_B & MASK) ^ _mix(((seed_B >> 32) & MASK) ^ _mix(position_B & MASK)))
-    first_B1, second_B1 = _mix(row_B)[:, None], _mix(row_B + GOLDEN & MASK)[:, None]
-    x_BV = _mix(_mix((token * GOLDEN & MASK) ^ first_B1) + second_B1 & MASK)
-    # Near 0, where the noise is largest, u is finest. It must not round to 1.
-    u_BV = ((x_BV.float() + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24)
-    return -(-torch.log1p(-u_BV)).log()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers (in int64); each bit depends on all. The last step of MurmurHash3."""
-    x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK
-    return x ^ (x >> 16)
+def _draw(
+    z_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor, token_BV: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """What has to be largest for a token to be drawn; greedy rows get no noise."""
+    return perturb(z_BV, state.temperature[slot_B], state.seed[slot_B], position_B, token_BV)

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.model.kda import KDAState, kda_mix
-from klquant.model.mla import LatentCache, mla_mix
+from klquant.model.mla import LatentCache, Latents, mla_mix
 from klquant.model.moe import mlp, moe
 from klquant.model.norm import rms_norm
 from klquant.model.weights import LayerWeights, MLAWeights, MoEWeights, PackedMoE, linear
 
-State = KDAState | LatentCache
+State = KDAState | Latents
 
 
 def new_state(cfg: KimiLinearConfig, layer: int, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

@@ -11,8 +11,21 @@ from klquant.checkpoint.config import KimiLinearConfig
 from klquant.model.norm import LATENT_EPS, rms_norm, widen
 from klquant.model.weights import MLAWeights, linear
 
-# Queries scored at once when a cache precedes them: bounds the mask.
-QUERY_BLOCK = 512
+# Latents before a chunk that are expanded to keys and values at a time: bounds memory at any context.
+LATENT_BLOCK = 8192
+
+
+class Latents(Protocol):
+    """Latents of the first `length` positions; how they are kept is the cache's own business."""
+
+    @property
+    def length(self) -> int: ...
+
+    def append(self, kv_a_BSL: Tensor, norm: Tensor) -> None:
+        """Keep what kv_a_proj made of the next positions; norm [kv_rank] is the latent's."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Latents [B, stop − start, L] as they are kept."""
 
 
 @dataclass
@@ -29,26 +42,18 @@ class LatentCache:
     def empty(cls, cfg: KimiLinearConfig, batch: int, dtype: torch.dtype, device: torch.device | str) -> "LatentCache":
         return cls(torch.empty(batch, 0, cfg.latent_dim, dtype=dtype, device=device))
 
-    def append(self, kv_a_BSL: Tensor, norm: Tensor) -> Tensor:
-        """Add what kv_a_proj made of new positions and return the latents of all, the new ones last."""
-        latent_BSL = normed_latent(kv_a_BSL, norm)
-        end = self.length + latent_BSL.shape[1]
+    def append(self, kv_a_BSL: Tensor, norm: Tensor) -> None:
+        end = self.length + kv_a_BSL.shape[1]
         if end > self.buffer_BSL.shape[1]:
-            B, _, L = latent_BSL.shape
+            B, _, L = kv_a_BSL.shape
             grown = self.buffer_BSL.new_empty(B, max(end, 2 * self.length), L)
             grown[:, : self.length] = self.buffer_BSL[:, : self.length]
             self.buffer_BSL = grown
-        self.buffer_BSL[:, self.length : end] = latent_BSL
+        self.buffer_BSL[:, self.length : end] = normed_latent(kv_a_BSL, norm)
         self.length = end
-        return self.buffer_BSL[:, :end]
 
-
-class Latents(Protocol):
-    """Latents of the `length` tokens before the new ones; how they are kept is the cache's own business."""
-
-    length: int
-
-    def append(self, kv_a_BSL: Tensor, norm: Tensor) -> Tensor: ...
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.buffer_BSL[:, start:stop]
 
 
 def normed_latent(kv_a_BSL: Tensor, norm: Tensor) -> Tensor:
@@ -64,34 +69,61 @@ def mla_mix(cfg: KimiLinearConfig, w: MLAWeights, x_BSC: Tensor, cache: Latents 
     """
     q_BSHK = linear(x_BSC, w.q_proj).unflatten(-1, (cfg.num_heads, cfg.qk_dim))
     kv_a_BSL = linear(x_BSC, w.kv_a_proj)
-    offset = cache.length if cache else 0
-    latent_BSL = cache.append(kv_a_BSL, w.kv_a_norm) if cache else normed_latent(kv_a_BSL, w.kv_a_norm)
-    if offset and x_BSC.shape[1] == 1 and isinstance(w.kv_b_proj, Tensor):
-        return _absorbed(cfg, w.kv_b_proj, q_BSHK, latent_BSL)
-    return _expanded(cfg, w, q_BSHK, latent_BSL, offset)
+    if cache is None:
+        return _causal(cfg, w, q_BSHK, normed_latent(kv_a_BSL, w.kv_a_norm))
+    before, after = cache.length, cache.length + x_BSC.shape[1]
+    cache.append(kv_a_BSL, w.kv_a_norm)
+    if not before:
+        return _causal(cfg, w, q_BSHK, cache.read(0, after))
+    if x_BSC.shape[1] == 1 and isinstance(w.kv_b_proj, Tensor):
+        return _absorbed(cfg, w.kv_b_proj, q_BSHK, cache.read(0, after))
+    return _continued(cfg, w, q_BSHK, cache, before)
 
 
-def _expanded(cfg: KimiLinearConfig, w: MLAWeights, q_BSHK: Tensor, latent_BSL: Tensor, offset: int) -> Tensor:
-    """Attention over keys and values expanded from the latents, of which the first `offset` precede the queries."""
+def _causal(cfg: KimiLinearConfig, w: MLAWeights, q_BSHK: Tensor, latent_BSL: Tensor) -> Tensor:
+    """Each query sees its own latent and those before."""
+    k, v = _expand(cfg, w, latent_BSL)
+    o = F.scaled_dot_product_attention(q_BSHK.transpose(1, 2), k, v, is_causal=True)
+    return o[..., : cfg.v_dim].transpose(1, 2).flatten(2)
+
+
+def _continued(cfg: KimiLinearConfig, w: MLAWeights, q_BSHK: Tensor, cache: Latents, before: int) -> Tensor:
+    """Queries behind `before` latents: attention to blocks of them and to each other, joined by their softmax sums.
+
+    softmax over two sets = (e^a o_1 + e^b o_2) / (e^a + e^b), a and b the logarithms of the sets' sums of exponentials.
+    """
+    q = q_BSHK.transpose(1, 2)
+    o, total = part_attention(q, *_expand(cfg, w, cache.read(before, before + q.shape[2])), causal=True)
+    for start in range(0, before, LATENT_BLOCK):
+        past, log_sum = part_attention(q, *_expand(cfg, w, cache.read(start, min(start + LATENT_BLOCK, before))))
+        joined = torch.logaddexp(total, log_sum)
+        o = o * (total - joined).exp()[..., None] + past * (log_sum - joined).exp()[..., None]
+        total = joined
+    return o[..., : cfg.v_dim].transpose(1, 2).flatten(2).to(q_BSHK.dtype)
+
+
+def _expand(cfg: KimiLinearConfig, w: MLAWeights, latent_BSL: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, S, qk]. Kernels that never hold all scores want one size for both; v is padded to it."""
     kv = linear(latent_BSL[..., : cfg.kv_rank], w.kv_b_proj).unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2)
     k_nope, v = kv.split([cfg.qk_nope_dim, cfg.v_dim], -1)
     shared = latent_BSL[:, None, :, cfg.kv_rank :].expand(-1, cfg.num_heads, -1, -1)
-    k = torch.cat([k_nope, shared], -1)
-    q = q_BSHK.transpose(1, 2)
-    # The kernels that never hold all scores want one size for q, k and v.
     v = F.pad(v, (0, cfg.qk_dim - cfg.v_dim)) if cfg.v_dim < cfg.qk_dim else v
-    if not offset:
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return torch.cat([k_nope, shared], -1), v
+
+
+def part_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ / √D) v over part of the keys, and the logarithm of its sum of exponentials [B, H, S] ≥ FP32.
+
+    q, k, v [B, H, ·, D]; causal needs as many keys as queries. What PyTorch's scaled_dot_product_attention calls,
+    which does not return the sums.
+    """
+    if q.device.type != "cuda":
+        o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    elif q.dtype in (torch.bfloat16, torch.float16):
+        o, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     else:
-        blocks = []
-        for start in range(0, q.shape[2], QUERY_BLOCK):
-            block = q[:, :, start : start + QUERY_BLOCK]
-            seen = offset + start + block.shape[2]
-            mask = torch.ones(block.shape[2], seen, dtype=torch.bool, device=q.device).tril(offset + start)
-            o = F.scaled_dot_product_attention(block, k[:, :, :seen], v[:, :, :seen], attn_mask=mask)
-            blocks.append(o)
-        o = torch.cat(blocks, 2)
-    return o[..., : cfg.v_dim].transpose(1, 2).flatten(2)
+        o, log_sum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+    return widen(o), log_sum[..., : q.shape[2]]
 
 
 def _absorbed(cfg: KimiLinearConfig, kv_b: Tensor, q_BSHK: Tensor, latent_BSL: Tensor) -> Tensor:

@@ -192,6 +192,17 @@ def test_an_8_bit_cache_gives_the_same_however_the_text_is_cut(model, weights, m
         assert (other - got[0]).norm() / got[0].norm() < error / 10
 
 
+def test_long_contexts_are_read_in_blocks(weights, monkeypatch):
+    ids = random_ids(200)
+    logits = []
+    for block in (8192, 70):
+        monkeypatch.setattr("klquant.model.mla.LATENT_BLOCK", block)
+        runner = make_runner(weights)
+        begin(runner, 0, [9, 3, 1, 8])
+        logits.append(prefill_logits(runner, ids, 0, 45))
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+
+
 def test_sampled_tokens_do_not_depend_on_where_the_prompt_ends(weights):
     """Noise belongs to positions: 70 tokens and then decoding, or 40 and the rest forced, draw the same token."""
     ids, params = random_ids(70), SamplingParams(temperature=1.0, seed=5)
@@ -229,6 +240,29 @@ def test_what_makes_nan_is_named(tiny, where):
 def test_nothing_is_blamed_when_all_is_well(runner):
     begin(runner, 0, [0, 1])
     assert runner.find_bad_layer(random_ids(70), 0, 33) is None
+
+
+@pytest.mark.parametrize("embedded_outside", [False, True])
+def test_stages_hand_the_stream_on(weights, monkeypatch, embedded_outside):
+    """Layers in three runs, as if on three devices, and the embedding aside of the first, as on a CPU beside GPUs."""
+    ids, params = random_ids(70), SamplingParams(temperature=1.0, seed=5)
+
+    def answer(runner):
+        begin(runner, 2, [0, 1], params, ids)
+        tokens = [runner.first_token(runner.prefill(ids, 2, 0), 2, 70, "plain").token[0].item()]
+        for _ in range(6):
+            tokens.append(runner.decode([-1, 2], "plain").token[1].item())
+        return tokens
+
+    want = answer(make_runner(weights))
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(
+        "klquant.engine.runner._stages", lambda _: [(cpu, range(1)), (cpu, range(1, 3)), (cpu, range(3, 4))]
+    )
+    monkeypatch.setattr(Runner, "_embeds_in_stage", not embedded_outside)
+    split = make_runner(weights)
+    assert [len(s.state.kda) + len(s.state.latent) for s in split.stages] == [1, 2, 1]
+    assert answer(split) == want
 
 
 def test_buckets():

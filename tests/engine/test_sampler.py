@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from klquant.engine.request import SamplingParams
-from klquant.engine.sampler import SamplingState, gumbel, mode_of, sample
+from klquant.engine.sampler import SamplingState, mode_of, sample
 from klquant.errors import UserError
+from klquant.kernels.sample.reference import gumbel
 
 VOCAB = 50
 DRAWS = 4000

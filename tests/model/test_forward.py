@@ -82,11 +82,11 @@ def test_chunked_prefill_equals_prefill(model, length, part):
     assert (parts - model.logits(ids)).abs().max() < 1e-4
 
 
-def test_queries_in_blocks_see_the_same(model, monkeypatch):
+def test_latents_in_blocks_are_seen_the_same(model, monkeypatch):
     ids = random_ids(model, 2, 300)
     whole = model.logits(ids)
-    monkeypatch.setattr("klquant.model.mla.QUERY_BLOCK", 70)
-    assert (decode(model, ids, [90]) - whole).abs().max() < 1e-4
+    monkeypatch.setattr("klquant.model.mla.LATENT_BLOCK", 70)
+    assert (decode(model, ids, [90, 250]) - whole).abs().max() < 1e-4
 
 
 def test_prefill_then_decode_then_prefill(model):

@@ -7,7 +7,7 @@ from klquant.checkpoint.reader import CheckpointReader
 from klquant.model.delta import delta_path, kda_chunk, kda_chunk_fla
 from klquant.model.forward import Model, stream_logits
 from klquant.model.kda import KDAState, kda_mix
-from klquant.model.mla import LatentCache, mla_mix
+from klquant.model.mla import LatentCache, mla_mix, part_attention
 from tests.model.oracle import oracle
 from tests.model.test_delta import inputs
 
@@ -94,3 +94,16 @@ def test_bf16_takes_fla_and_streams(model, tiny):
     options = {"dtype": torch.bfloat16, "device": "cuda", "batch": 3}
     got = torch.cat(list(stream_logits(CheckpointReader.open(tiny), ids, **options)))
     assert torch.equal(got, model.logits(ids.cuda()))
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("queries, keys", [(5, 130), (64, 64), (70, 1)])
+def test_part_attention_knows_its_sum(dtype, limit, queries, keys):
+    """Against the CPU's in FP64; head sizes of the model and of the tiny one."""
+    for dim in (192, 48):
+        q, k, v = (torch.randn(2, 3, n, dim, device="cuda").to(dtype) for n in (queries, keys, keys))
+        for causal in {False, queries == keys}:
+            got, want = part_attention(q, k, v, causal), part_attention(*(x.double().cpu() for x in (q, k, v)), causal)
+            for a, b in zip(got, want, strict=True):
+                assert a.dtype == torch.float32 and a.shape == b.shape
+                assert (a.cpu().double() - b).norm() / b.norm() < limit

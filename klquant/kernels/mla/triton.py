@@ -1,0 +1,276 @@
+"""Writing latents into pages, and absorbed attention to them in three launches.
+
+    absorb   each head's query through its W_UK: [B, H, L], what is compared with latents themselves
+    attend   one program for each part of a sequence: all heads share its latents, which are read once; a part leaves
+             its softmax-weighted mean latent and the logarithm of its weight
+    finish   the mean over the parts, in their order, through each head's W_UV
+
+A sequence's length is cut into equal parts by the programs themselves, as many as the grid has or as there are tiles;
+the rest leaves at once. So one graph serves all lengths, and a short context has few parts to add up.
+
+The latents are the left operand of both products, heads the minor side: scores [T, H] and means [RANK, H]. 8-bit codes
+are products' operands as they are, the even latents and the odd ones apart (`words`), and a token's scale multiplies
+its scores and weights; queries and means lie even ‖ odd likewise.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
+from klquant.kernels.mla.tiles import Tile
+from klquant.kernels.mla.words import fp8_scale, latents
+from klquant.kernels.norm.reference import LATENT_EPS
+from klquant.kernels.norm.triton import normalize
+
+# Triton's interpreter knows no inline assembly.
+PTX = os.environ.get("TRITON_INTERPRET") != "1"
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _encode(x, FP8: tl.constexpr):
+    """|x| ≤ the largest code → the nearest code in int8, ties to even."""
+    if FP8:
+        # 2^-120 makes an FP32 number's exponent field the one E4M3 has, subnormal numbers included.
+        bits = (tl.abs(x) * 2.0**-120).to(tl.int32, bitcast=True)
+        code = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+        return (code | tl.where(x < 0, 0x80, 0)).to(tl.int8)
+    else:
+        # In this range FP32 numbers are integers.
+        return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit
+def write_latent_kernel(
+    kv_a, kv_a_stride, weight, position, data, scale, eps,
+    RANK: tl.constexpr, ROPE: tl.constexpr, CODE_MAX: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """One program a token. CODE_MAX: 0 for pages without scales."""
+    DTYPE: tl.constexpr = kv_a.dtype.element_ty
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.load(position + token)
+    if at >= 0:
+        r = tl.arange(0, RANK)
+        e = RANK + tl.arange(0, ROPE)
+        x = tl.load(kv_a + token * kv_a_stride + r).to(tl.float32)
+        rope = tl.load(kv_a + token * kv_a_stride + e).to(tl.float32)
+        latent = normalize(x, tl.load(weight + r), RANK, eps, DTYPE).to(DTYPE).to(tl.float32)
+        row = data + at * (RANK + ROPE)
+        if CODE_MAX == 0:
+            tl.store(row + r, latent.to(data.dtype.element_ty))
+            tl.store(row + e, rope.to(data.dtype.element_ty))
+        else:
+            largest = tl.maximum(tl.max(tl.abs(latent), 0), tl.max(tl.abs(rope), 0))
+            step = tl.div_rn(largest, CODE_MAX)
+            # A latent of zeros has codes 0 whatever its scale.
+            divisor = tl.maximum(step, 2.0**-126)
+            tl.store(row + r, _encode(tl.div_rn(latent, divisor), FP8))
+            tl.store(row + e, _encode(tl.div_rn(rope, divisor), FP8))
+            tl.store(scale + at, step)
+
+
+@triton.jit
+def _field_at(i, SIZE: tl.constexpr, FIELDS: tl.constexpr):
+    """Where latent i of SIZE lies when the even ones come before the odd ones."""
+    return (i % FIELDS) * (SIZE // FIELDS) + i // FIELDS
+
+
+@triton.jit
+def absorb_kernel(
+    q, q_stride, q_head_stride, kv_b, out, batch, H: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
+    V: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr, BL: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """out [B, H, RANK + ROPE]; grid (heads, tiles of BL latents, tiles of BM sequences)."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    head = tl.program_id(0)
+    l = tl.program_id(1) * BL + tl.arange(0, BL)
+    b = tl.program_id(2) * BM + tl.arange(0, BM)
+    exists = (b < batch)[None, :]
+    n = tl.arange(0, NOPE)
+    w = tl.load(kv_b + (head * (NOPE + V) + n)[:, None] * RANK + l[None, :])
+    x_at = q + b[None, :].to(tl.int64) * q_stride + head * q_head_stride
+    x = tl.load(x_at + n[:, None], mask=exists, other=0.0)
+    if BM == 1:
+        y = tl.sum(w.to(tl.float32) * x.to(tl.float32), 0)[:, None]
+    else:
+        y = tl.dot(tl.trans(w), x)
+    out_at = out + (b[None, :].to(tl.int64) * H + head) * (RANK + ROPE)
+    tl.store(out_at + _field_at(l, RANK, FIELDS)[:, None], y.to(DTYPE), mask=exists)
+    if tl.program_id(1) == 0:
+        e = tl.arange(0, ROPE)[:, None]
+        rope = tl.load(x_at + NOPE + e, mask=exists, other=0.0)
+        tl.store(out_at + RANK + _field_at(e, ROPE, FIELDS), rope, mask=exists)
+
+
+@triton.jit
+def _part(length, splits, TOKENS: tl.constexpr):
+    """(tiles of a sequence, tiles of each of its parts)."""
+    tiles = tl.cdiv(length, TOKENS)
+    return tiles, tl.cdiv(tiles, splits)
+
+
+@triton.jit
+def attend_kernel(
+    q, data, scale, page_table, table_stride, length, mean, weight, splits, factor,
+    H: tl.constexpr, BH: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
+    FIELDS: tl.constexpr, FP8: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """mean [B, splits, H, RANK] and weight [B, H, splits], base 2, FP32, of the parts that exist; grid (splits, B).
+
+    data: words of FIELDS latents. factor: the scores' scale · log2 e.
+    """
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    HALF: tl.constexpr = RANK // FIELDS
+    TAIL: tl.constexpr = ROPE // FIELDS
+    split = tl.program_id(0)
+    b = tl.program_id(1)
+    n = tl.load(length + b)
+    tiles, per = _part(n, splits, TOKENS)
+    first = split * per
+    last = tl.minimum(first + per, tiles)
+    if first < last:
+        t = tl.arange(0, TOKENS)
+        r = tl.arange(0, HALF)
+        e = tl.arange(0, TAIL)
+        h = tl.arange(0, BH)[None, :]
+        q_at = q + (b.to(tl.int64) * H + h) * (RANK + ROPE)
+        q0 = tl.load(q_at + r[:, None], mask=h < H, other=0.0)
+        rope0 = tl.load(q_at + RANK + e[:, None], mask=h < H, other=0.0)
+        acc0 = tl.zeros([HALF, BH], tl.float32)
+        if FIELDS == 2:
+            q1 = tl.load(q_at + HALF + r[:, None], mask=h < H, other=0.0)
+            rope1 = tl.load(q_at + RANK + TAIL + e[:, None], mask=h < H, other=0.0)
+            acc1 = tl.zeros([HALF, BH], tl.float32)
+        top = tl.full([BH], float("-inf"), tl.float32)
+        total = tl.zeros([BH], tl.float32)
+        for tile in tl.range(first, last, num_stages=STAGES):
+            page = tl.load(page_table + b * table_stride + tile // (PAGE // TOKENS)).to(tl.int64)
+            row = page * PAGE + tile % (PAGE // TOKENS) * TOKENS + t
+            seen = tile * TOKENS + t < n
+            # What is not seen meets weights of 0, and must not be NaN.
+            words = tl.load(data + row[:, None] * (HALF + TAIL) + r[None, :], mask=seen[:, None], other=0)
+            tail = tl.load(data + row[:, None] * (HALF + TAIL) + HALF + e[None, :], mask=seen[:, None], other=0)
+            if FIELDS == 2:
+                k0 = latents(words, 0, FP8, DTYPE, PTX)
+                k1 = latents(words, 1, FP8, DTYPE, PTX)
+                scores = tl.dot(k0, q0)
+                scores = tl.dot(k1, q1, scores)
+                scores = tl.dot(latents(tail, 0, FP8, DTYPE, PTX), rope0, scores)
+                scores = tl.dot(latents(tail, 1, FP8, DTYPE, PTX), rope1, scores)
+                step = tl.load(scale + row, mask=seen, other=0.0)
+                if FP8:
+                    step *= fp8_scale(DTYPE)
+                scores *= step[:, None]
+            else:
+                k0 = words
+                scores = tl.dot(k0, q0)
+                scores = tl.dot(tail, rope0, scores)
+            scores = tl.where(seen[:, None], scores * factor, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 0))
+            p = tl.exp2(scores - higher[None, :])
+            fade = tl.exp2(top - higher)
+            total = total * fade + tl.sum(p, 0)
+            top = higher
+            if FIELDS == 2:
+                p = (p * step[:, None]).to(DTYPE)
+                acc0 = tl.dot(tl.trans(k0), p, acc0 * fade[None, :])
+                acc1 = tl.dot(tl.trans(k1), p, acc1 * fade[None, :])
+            else:
+                acc0 = tl.dot(tl.trans(k0), p.to(DTYPE), acc0 * fade[None, :])
+        mean_at = mean + ((b.to(tl.int64) * splits + split) * H + h) * RANK
+        tl.store(mean_at + r[:, None], acc0 / total[None, :], mask=h < H)
+        if FIELDS == 2:
+            tl.store(mean_at + HALF + r[:, None], acc1 / total[None, :], mask=h < H)
+        h1 = tl.arange(0, BH)
+        tl.store(weight + (b * H + h1) * splits + split, top + tl.log2(total), mask=h1 < H)
+
+
+@triton.jit
+def finish_kernel(
+    mean, weight, kv_b, length, out, batch, splits,
+    H: tl.constexpr, NOPE: tl.constexpr, V: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
+    TOKENS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """out [B, H·V]; grid (heads, tiles of BV outputs, tiles of BM sequences). AT_ONCE parts are loaded together."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    head = tl.program_id(0)
+    v = tl.program_id(1) * BV + tl.arange(0, BV)
+    b = tl.program_id(2) * BM + tl.arange(0, BM)
+    r = tl.arange(0, RANK)
+    w = tl.load(kv_b + (head * (NOPE + V) + NOPE + v)[:, None] * RANK + r[None, :])
+    tiles, per = _part(tl.load(length + b, mask=b < batch, other=0), splits, TOKENS)
+    parts = tl.cdiv(tiles, tl.maximum(per, 1))
+    weight_at = weight + (b * H + head)[None, :] * splits
+    i = tl.arange(0, SPLITS)[:, None]
+    heft = tl.load(weight_at + i, mask=i < parts[None, :], other=float("-inf"))
+    top = tl.max(heft, 0)
+    top = tl.where(parts > 0, top, 0.0)
+    total = tl.sum(tl.exp2(heft - top[None, :]), 0)
+    seen = tl.zeros([RANK, BM], tl.float32)
+    mean_at = (
+        mean + (b.to(tl.int64) * splits * H + head)[None, None, :] * RANK + _field_at(r, RANK, FIELDS)[None, :, None]
+    )
+    for start in tl.range(0, tl.max(parts, 0), AT_ONCE):
+        j = start + tl.arange(0, AT_ONCE)
+        lives = j[:, None] < parts[None, :]
+        share = tl.exp2(tl.load(weight_at + j[:, None], mask=lives, other=float("-inf")) - top[None, :])
+        some = tl.load(mean_at + (j * H * RANK)[:, None, None], mask=lives[:, None, :], other=0.0)
+        seen += tl.sum(some * share[:, None, :], 0)
+    # Padding has no part: 0.
+    seen = (seen / tl.where(parts > 0, total, 1.0)[None, :]).to(DTYPE)
+    if BM == 1:
+        y = tl.sum(w.to(tl.float32) * tl.reshape(seen, [1, RANK]).to(tl.float32), 1)[:, None]
+    else:
+        y = tl.dot(w, seen)
+    out_at = out + b[None, :].to(tl.int64) * (H * V) + head * V + v[:, None]
+    tl.store(out_at, y.to(DTYPE), mask=(b < batch)[None, :])
+
+
+def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position_T: Tensor) -> None:
+    """One launch."""
+    rank = len(norm_weight)
+    coded = pages.scale is not None
+    write_latent_kernel[(len(kv_a),)](
+        kv_a, kv_a.stride(0), norm_weight, position_T, pages.data.view(torch.int8) if coded else pages.data,
+        pages.scale, LATENT_EPS, RANK=rank, ROPE=kv_a.shape[1] - rank, CODE_MAX=CODE_MAX[pages.data.dtype] if coded else 0,
+        FP8=pages.data.dtype == torch.float8_e4m3fn, num_warps=4,
+    )  # fmt: skip
+
+
+def mla_decode(
+    q_BHK: Tensor, kv_b: Tensor, pages: LatentPages, page_table_BM: Tensor, length_B: Tensor, scale: float, tile: Tile
+) -> Tensor:
+    """Three launches."""
+    batch, heads, qk = q_BHK.shape
+    rank = kv_b.shape[1]
+    rope = pages.data.shape[-1] - rank
+    nope, v = qk - rope, kv_b.shape[0] // heads - (qk - rope)
+    dtype, device = q_BHK.dtype, q_BHK.device
+    coded = pages.scale is not None
+    sizes = {"H": heads, "RANK": rank, "FIELDS": 2 if coded else 1}
+    columns = 1 if batch == 1 else 8
+    q = torch.empty(batch, heads, rank + rope, dtype=dtype, device=device)
+    block = min(128, rank)
+    absorb_kernel[(heads, rank // block, triton.cdiv(batch, columns))](
+        q_BHK, q_BHK.stride(0), q_BHK.stride(1), kv_b, q, batch, NOPE=nope, ROPE=rope, V=v, BL=block, BM=columns,
+        num_warps=4, **sizes,
+    )  # fmt: skip
+    mean = torch.empty(batch, tile.splits, heads, rank, dtype=torch.float32, device=device)
+    weight = torch.empty(batch, heads, tile.splits, dtype=torch.float32, device=device)
+    attend_kernel[(tile.splits, batch)](
+        q, pages.data.view(torch.int16) if coded else pages.data, pages.scale, page_table_BM, page_table_BM.stride(0),
+        length_B, mean, weight, tile.splits, scale * LOG2E, BH=max(8, triton.next_power_of_2(heads)), ROPE=rope,
+        PAGE=PAGE_SIZE, FP8=pages.data.dtype == torch.float8_e4m3fn, TOKENS=tile.tokens, STAGES=tile.stages, PTX=PTX,
+        num_warps=tile.warps, **sizes,
+    )  # fmt: skip
+    out = torch.empty(batch, heads * v, dtype=dtype, device=device)
+    block = min(32, v)
+    finish_kernel[(heads, v // block, triton.cdiv(batch, columns))](
+        mean, weight, kv_b, length_B, out, batch, tile.splits, NOPE=nope, V=v, TOKENS=tile.tokens,
+        SPLITS=triton.next_power_of_2(tile.splits), AT_ONCE=16 // columns, BV=block, BM=columns, num_warps=4, **sizes,
+    )  # fmt: skip
+    return out

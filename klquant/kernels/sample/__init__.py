@@ -1,0 +1,1 @@
+"""Noise that turns the largest logit into a draw."""

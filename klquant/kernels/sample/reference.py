@@ -1,0 +1,38 @@
+"""Gumbel noise without state, in plain torch.
+
+Its 32-bit arithmetic is done in int64, so that every device gives the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+GOLDEN = 0x9E3779B1  # odd, near 2³²/φ: neighbouring tokens start far apart
+
+
+def perturb(
+    z_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, position_B: Tensor, token_BV: Tensor | None
+) -> Tensor:  # fmt: skip
+    """`klquant.kernels.sample.dispatch.perturb`."""
+    if token_BV is None:
+        token_BV = torch.arange(z_BV.shape[1], device=z_BV.device)
+    t_B1 = temperature_B[:, None]
+    drawn = z_BV.float() / torch.where(t_B1 > 0, t_B1, 1) + gumbel(seed_B, position_B, token_BV)
+    return torch.where(t_B1 > 0, drawn, z_BV.float())
+
+
+def gumbel(seed_B: Tensor, position_B: Tensor, token: Tensor) -> Tensor:
+    """Gumbel noise [B, V] FP32 of tokens [V] or [B, V] int64: −log(−log u), u a hash in (0, 1)."""
+    row_B = _mix((seed_B & MASK) ^ _mix(((seed_B >> 32) & MASK) ^ _mix(position_B & MASK)))
+    first_B1, second_B1 = _mix(row_B)[:, None], _mix(row_B + GOLDEN & MASK)[:, None]
+    x_BV = _mix(_mix((token * GOLDEN & MASK) ^ first_B1) + second_B1 & MASK)
+    # −log u is computed as −log(1 − u): near 0, where the noise is largest, u is finest. It must not round to 1.
+    u_BV = ((x_BV.float() + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24)
+    return -(-torch.log1p(-u_BV)).log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers whose every bit depends on all: the last step of MurmurHash3."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK
+    return x ^ (x >> 16)

@@ -1,0 +1,189 @@
+"""Decode kernels against FP64, what they must not read poisoned: interpreted on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.build import DEVICE, LIMIT, can_run, error
+from tests.triton_interpreter import interpreting, needs_triton, teach_bf16_products, teach_bf16_rounding
+
+pytestmark = [needs_triton, pytest.mark.skipif(not can_run, reason="needs a CUDA GPU, or a process that interprets")]
+
+if can_run:
+    from klquant.kernels.kda import reference as kda_reference
+    from klquant.kernels.kda import triton as kda_triton
+    from klquant.kernels.kda.weights import KDADecode
+    from klquant.kernels.mla import reference as mla_reference
+    from klquant.kernels.mla import triton as mla_triton
+    from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
+    from klquant.kernels.mla.tiles import Tile
+    from klquant.kernels.norm import reference as norm_reference
+    from klquant.kernels.norm import triton as norm_triton
+
+NAN = float("nan")
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What a kernel does not write is NaN, or an index out of all bounds."""
+    torch.manual_seed(0)
+    if interpreting:
+        teach_bf16_products()
+        teach_bf16_rounding()
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        out = empty(*size, **options)
+        return out.fill_(NAN if out.is_floating_point() else -(1 << 20) if out.itemsize > 1 else 127)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x.shape, dtype=x.dtype, device=x.device))
+
+
+def to_device(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(DEVICE) for t in tensors]
+
+
+def strided(x: Tensor, extra: int = 8) -> Tensor:
+    """The same rows with NaN between them."""
+    wide = torch.full((len(x), x.shape[1] + extra), NAN).to(x.dtype)
+    wide[:, : x.shape[1]] = x
+    return wide.to(DEVICE)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [40, 300])
+def test_add_rms_norm(width, dtype):
+    h, delta, weight = (torch.randn(*s).to(dtype) for s in ((5, width), (5, width), (width,)))
+    want, _ = norm_reference.add_rms_norm(h, delta, weight, 1e-5)
+    total, normed = norm_triton.add_rms_norm(strided(h), strided(delta), weight.to(DEVICE), 1e-5)
+    assert torch.equal(total.cpu(), want)
+    exact = norm_reference.rms_norm(total.cpu().double(), weight.double(), 1e-5)
+    assert error(normed, exact) < LIMIT[dtype]
+    alone, normed = norm_triton.add_rms_norm(strided(h), None, weight.to(DEVICE), 1e-5)
+    assert torch.equal(alone.cpu(), h)
+    assert error(normed, norm_reference.rms_norm(h.double(), weight.double(), 1e-5)) < LIMIT[dtype]
+
+
+def kda_case(heads: int, dim: int, rank: int, taps: int, dtype: torch.dtype) -> KDADecode:
+    width = heads * dim
+    return KDADecode(
+        torch.randn(3 * width, taps).to(dtype) / taps**0.5, 2 * torch.rand(heads), torch.randn(width) - 3,
+        *(torch.randn(width, rank).to(dtype) / rank**0.5 for _ in "fg"), (1 + 0.1 * torch.randn(dim)).to(dtype),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim", "rank", "taps"), [(3, 32, 16, 4), (1, 16, 32, 3)])
+def test_kda_decode(heads, dim, rank, taps, dtype):
+    w = kda_case(heads, dim, rank, taps, dtype)
+    slots, slot = 6, torch.tensor([4, -1, 0, 2], dtype=torch.int32)
+    used = slot[slot >= 0].long()
+    conv = torch.full((slots, 3 * heads * dim, taps - 1), NAN).to(dtype)
+    s = torch.full((slots, heads, dim, dim), NAN)
+    conv[used] = torch.randn(3, 3 * heads * dim, taps - 1).to(dtype)
+    s[used] = torch.randn(3, heads, dim, dim)
+    want_conv, want_s = conv.double(), s.double()
+    exact = KDADecode(**{name: t.double() for name, t in vars(w).items()})
+    on_device = KDADecode(**{name: t.to(DEVICE) for name, t in vars(w).items()})
+    conv, s, slot_B = to_device(conv, s, slot)
+    for _ in range(3):
+        qkv, low = torch.randn(4, 3 * heads * dim).to(dtype), torch.randn(4, 2 * rank + heads + 3).to(dtype)
+        qkv[1], low[1] = NAN, NAN
+        low[:, 2 * rank + heads :] = NAN
+        out = kda_triton.kda_decode(strided(qkv), strided(low), on_device, conv, s, slot_B, 1e-5)
+        want = kda_reference.kda_decode(qkv.double(), low.double(), exact, want_conv, want_s, slot, 1e-5)
+        assert not out[1].any()
+        live = slot >= 0
+        assert error(out[live.to(DEVICE)], want[live]) < 3 * LIMIT[dtype]
+    assert error(s[used.to(DEVICE)], want_s[used]) < 3 * LIMIT[dtype]
+    assert torch.equal(conv.cpu()[used].double(), want_conv[used])
+    assert s[[1, 3, 5]].isnan().all()
+    assert conv[[1, 3, 5]].isnan().all()
+
+
+FORMATS = [None, torch.float8_e4m3fn, torch.int8]
+
+
+def on_device(pages: "LatentPages") -> "LatentPages":
+    return LatentPages(pages.data.to(DEVICE), None if pages.scale is None else pages.scale.to(DEVICE))
+
+
+def poisoned_pages(count: int, latent: int, dtype: torch.dtype) -> "LatentPages":
+    """Every value NaN, or a large code with a NaN scale."""
+    pages = LatentPages.empty(count, latent, dtype, "cpu")
+    pages.data.view(torch.uint8).fill_(0x7F if pages.scale is not None else 0xFF)
+    if pages.scale is not None:
+        pages.scale.fill_(NAN)
+    return pages
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", FORMATS)
+def test_write_latent(stored, dtype):
+    """The same bits as the reference writes, at the positions given and nowhere else."""
+    kv_a, weight = torch.randn(6, 48).to(dtype), torch.randn(32).to(dtype)
+    kv_a *= torch.logspace(-3, 2, 6)[:, None].to(dtype)
+    kv_a[4] = 0
+    position = torch.tensor([70, 3, -1, 64, 0, 191])
+    want = poisoned_pages(3, 48, stored or dtype)
+    pages = on_device(want)
+    kv_a[2] = NAN
+    mla_triton.write_latent(strided(kv_a), weight.to(DEVICE), pages, position.to(DEVICE))
+    mla_reference.write_latent(kv_a, weight, want, position)
+    got, bits = pages.data.cpu().view(torch.uint8), want.data.view(torch.uint8)
+    # rsqrt of a GPU and of a CPU may differ in the last bit, and so may a rounded value now and then.
+    assert (got != bits).float().mean() < (0.0 if interpreting else 0.01) + 1e-9
+    if stored:
+        assert torch.allclose(pages.scale.cpu(), want.scale, rtol=1e-2, equal_nan=True)
+
+
+def cached(lengths: list[int], latent: int, stored: torch.dtype, dtype: torch.dtype, spare: int = 2):
+    """Pages of random latents, a criss-cross page table [B, M] whose unused part points nowhere, lengths."""
+    need = [-(-n // PAGE_SIZE) for n in lengths]
+    pages = poisoned_pages(sum(need) + spare, latent, stored)
+    order = torch.randperm(sum(need) + spare)
+    table = torch.full((len(lengths), max(need) + 1), 1 << 28, dtype=torch.int32)
+    for b, (n, count) in enumerate(zip(lengths, need, strict=True)):
+        mine, order = order[:count], order[count:]
+        table[b, :count] = mine
+        rows = (mine[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:n]
+        values = torch.randn(n, latent)
+        if stored in CODE_MAX:
+            scale = values.abs().amax(-1) / CODE_MAX[stored]
+            codes = values / scale[:, None]
+            codes = codes.round().to(torch.int8) if stored == torch.int8 else codes.to(stored)
+            pages.data.view(torch.int8).flatten(0, 1)[rows] = codes.view(torch.int8)
+            pages.scale.flatten()[rows] = scale
+        else:
+            pages.data.flatten(0, 1)[rows] = values.to(dtype)
+    return pages, table, torch.tensor(lengths, dtype=torch.int32)
+
+
+TILES = [(16, 4, 2, 3), (32, 4, 2, 5), (64, 8, 2, 1)]
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", FORMATS)
+def test_mla_decode(stored, dtype, tile):
+    """Lengths around a tile's, a page's and a part's borders; three heads; a page more than anyone uses."""
+    heads, nope, rope, v, rank = 3, 32, 32, 16, 64
+    tokens, splits = tile[0], tile[3]
+    lengths = [1, 0, 63, 64, 65, tokens * splits - 1, tokens * splits + 1, 2 * tokens * splits + 3, 200, 17]
+    pages, table, length = cached(lengths, rank + rope, stored or dtype, dtype)
+    q = torch.randn(len(lengths), heads * (nope + rope) + 5).to(dtype)
+    q[1] = NAN
+    q_BHK = q[:, 5:].unflatten(1, (heads, nope + rope))
+    kv_b = (torch.randn(heads * (nope + v), rank) / rank**0.5).to(dtype)
+    for rows in (slice(None), slice(4, 5)):
+        args = q_BHK[rows], kv_b, pages, table[rows], length[rows]
+        want = mla_reference.mla_decode(
+            *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), 0.3
+        )
+        on = (a.to(DEVICE) if a is not pages else on_device(a) for a in args)
+        out = mla_triton.mla_decode(*on, 0.3, Tile(*tile))
+        assert out.shape == want.shape
+        assert error(out, want) < 2 * LIMIT[dtype]
+        assert not out[length[rows].to(DEVICE) == 0].any()
