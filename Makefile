@@ -45,6 +45,8 @@ demo: $(STAMP)
 	  $(BIN)/klquant eval $(OUT)/$$recipe --against demo/model --data demo/text/eval -o $(OUT)/$$recipe.json || exit; \
 	done
 	@$(BIN)/python scripts/demo_table.py demo/model $(OUT)
+	@echo; echo "klquant generate $(OUT)/int4 'def test_open('"; echo
+	@$(BIN)/klquant generate $(OUT)/int4 'def test_open(' --max-new-tokens 60
 
 clean:
 	rm -rf $(OUT) build dist .pytest_cache .ruff_cache .hypothesis

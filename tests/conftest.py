@@ -30,6 +30,12 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The small trained checkpoint that the repository carries."""
+    return Path(__file__).resolve().parents[1] / "demo" / "model"
+
+
+@pytest.fixture(scope="session")
 def testbed() -> Path:
     """The small trained Kimi-Linear model that accuracy claims are made on."""
     folder = SHARED / "testbed"

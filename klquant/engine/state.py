@@ -16,8 +16,8 @@ from klquant.kernels.mla.dispatch import write_latent
 from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages, read_latent
 from klquant.model.kda import KDAState
 
-# Bits of a latent value → dtype of the pages; None is the activations' own. INT8 because FP8 needs sm89, and a latent
-# with its own scale has more use for a seventh bit than for an exponent.
+# Bits of a latent value → dtype of the pages; None is the activations' own. INT8 and not FP8: with a scale for every
+# token its steps are the finer ones, unless a value is ten times what the others deviate.
 CACHE_BITS = {16: None, 8: torch.int8}
 
 
