@@ -5,70 +5,30 @@ launches, and takes in the tokens of the launches before.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from klquant.calibrate.chat import Message
 from klquant.calibrate.tokenizer import Tokenizer, load_tokenizer
-from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.engine.job import Job
+from klquant.engine.limits import Limits
 from klquant.engine.load import Progress, default_dtype, load_weights, place
+from klquant.engine.loop import Loop
 from klquant.engine.placement import Placement, find_devices
-from klquant.engine.reply import Reply
 from klquant.engine.request import Answer, Delta, SamplingParams, default_params, end_tokens
 from klquant.engine.runner import Runner
-from klquant.engine.sampler import mode_of
-from klquant.engine.scheduler import Chunk, Scheduler
+from klquant.engine.scheduler import Scheduler
 from klquant.engine.scheduler import Sequence as Scheduled
 from klquant.engine.sizes import Outline
-from klquant.engine.state import CACHE_BITS
 from klquant.engine.usage import Usage, measured_usage
 from klquant.engine.weights import EngineWeights
 from klquant.errors import UserError
 from klquant.kernels.mla.pages import PAGE_SIZE
-from klquant.recipe.memory import PREFILL_CHUNK
 
 # Text, token ids, or a conversation.
 Prompt = str | Sequence[int] | Sequence[Message]
-DEFAULT_CONTEXT = 8192
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an engine has room for.
-
-    max_context: tokens of one prompt and its answer (None: DEFAULT_CONTEXT, or the model's limit if that is less).
-    max_batch: sequences at a time; each has a slot of KDA state. cache_tokens: tokens in the latent cache, over all
-    sequences (None: max_context). cache_bits: 16, or 8 for INT8. chunk: positions of a prompt that run at once, between
-    two steps of the running answers.
-    """
-
-    max_context: int | None = None
-    max_batch: int = 8
-    cache_tokens: int | None = None
-    cache_bits: int = 16
-    chunk: int = PREFILL_CHUNK
-
-    def of(self, cfg: KimiLinearConfig) -> "Limits":
-        """With every number set. Raises UserError when one is below 1, or max_context is beyond the model's own."""
-        context = min(DEFAULT_CONTEXT, cfg.max_context) if self.max_context is None else self.max_context
-        cache = context if self.cache_tokens is None else self.cache_tokens
-        full = replace(self, max_context=context, cache_tokens=cache)
-        for name, value in asdict(full).items():
-            if value < 1:
-                raise UserError(f"{name} is {value}, expected at least 1")
-        if context > cfg.max_context:
-            raise UserError(f"max_context {context:,} is beyond the model's own limit of {cfg.max_context:,} tokens")
-        if self.cache_bits not in CACHE_BITS:
-            raise UserError(f"cache_bits is {self.cache_bits}, expected {' or '.join(map(str, CACHE_BITS))}")
-        return full
-
-    @property
-    def pages(self) -> int:
-        return -(-self.cache_tokens // PAGE_SIZE)
 
 
 class Engine:
@@ -89,12 +49,8 @@ class Engine:
             cache_bits=limits.cache_bits,
         )  # fmt: skip
         self._ends = frozenset(weights.cfg.eos_ids) if ends is None else ends
-        self._scheduler = Scheduler(
-            slots=limits.max_batch, pages=limits.pages, page_tokens=PAGE_SIZE, chunk=limits.chunk
-        )
-        self._ahead = weights.embedding_VC.is_cuda if ahead is None else ahead
-        self._jobs: dict[Scheduled, Job] = {}
-        self._launched: list[tuple[list[Job], Reply]] = []
+        scheduler = Scheduler(slots=limits.max_batch, pages=limits.pages, page_tokens=PAGE_SIZE, chunk=limits.chunk)
+        self.loop = Loop(self.runner, scheduler, weights.embedding_VC.is_cuda if ahead is None else ahead)
 
     @classmethod
     def from_pretrained(
@@ -132,8 +88,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the memory. The engine cannot be used afterwards."""
-        self._launched, self._jobs = [], {}
-        del self.runner
+        del self.runner, self.loop
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -160,12 +115,12 @@ class Engine:
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         jobs = [self._job(self.encode(p), p_params) for p, p_params in zip(prompts, each, strict=True)]
         for job in jobs:
-            self._scheduler.check(job.scheduled)
+            self.loop.scheduler.check(job.scheduled)
         try:
             for job in jobs:
-                self._add(job)
+                self.loop.add(job)
             while not all(job.finish for job in jobs):
-                self.step()
+                self.loop.step()
         finally:
             for job in jobs:
                 self.cancel(job)
@@ -186,12 +141,12 @@ class Engine:
         Raises UserError when its prompt is empty, fills the context, or can never fit.
         """
         job = self._job(self.encode(prompt), params, scheduled)
-        self._add(job)
+        self.loop.add(job)
         return job
 
     def release(self, scheduled: Scheduled) -> None:
         """Free slot and pages that a sequence kept."""
-        self._scheduler.release(scheduled)
+        self.loop.scheduler.release(scheduled)
 
     def follow(self, job: Job) -> Iterator[Delta]:
         """Step until the job has finished, and yield what it gains. Whoever stops early cancels it."""
@@ -201,15 +156,13 @@ class Engine:
                     yield (delta := job.deltas.popleft())
                     if delta.finish:
                         return
-                self.step()
+                self.loop.step()
         finally:
             self.cancel(job)
 
     def cancel(self, job: Job) -> None:
         """End a request where it is, unless it has ended; its slot and pages are free."""
-        job.end("cancelled")
-        if job.scheduled in self._jobs:
-            self._retire(job)
+        self.loop.cancel(job)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text behind a BOS, a conversation through the chat template, ids as they are.
@@ -225,23 +178,6 @@ class Engine:
         if wrong:
             raise UserError(f"token id {wrong[0]} is outside the model's vocabulary of {self.cfg.vocab_size}")
         return list(prompt)
-
-    def step(self) -> bool:
-        """Launch at most a chunk of a prompt and a token of every running answer. False when there is nothing to do."""
-        step = self._scheduler.schedule()
-        before, self._launched = self._launched, []
-        if step and step.decode:
-            self._decode([self._jobs[s] for s in step.decode])
-        if step and step.prefill:
-            self._prefill(step.prefill)
-        if not self._ahead:
-            before, self._launched = self._launched, []
-        for jobs, reply in before:
-            self._take(jobs, reply)
-        if step is None and not before and self._scheduler.waiting:
-            self._refuse(self._jobs[self._scheduler.waiting[0]])
-            return True
-        return bool(step or before)
 
     def _job(
         self, tokens: Sequence[int], params: SamplingParams | None, scheduled: Scheduled | None = None
@@ -260,58 +196,6 @@ class Engine:
         scheduled.prompt, scheduled.most = len(tokens), len(tokens) + new - 1
         limit = "length" if new == params.max_new_tokens else "context"
         return Job(scheduled, tokens, params, limit, self.tokenizer.decode, self._ends)
-
-    def _add(self, job: Job) -> None:
-        self._scheduler.add(job.scheduled)
-        self._jobs[job.scheduled] = job
-
-    def _decode(self, jobs: list[Job]) -> None:
-        mode = mode_of([job.params for job in jobs])
-        chosen = self.runner.decode([job.scheduled.slot for job in jobs], mode)
-        self._launched.append((jobs, Reply.begin(chosen, len(jobs))))
-
-    def _prefill(self, chunk: Chunk) -> None:
-        job = self._jobs[chunk.sequence]
-        slot = chunk.sequence.slot
-        if not job.bound:
-            self.runner.bind(slot, chunk.sequence.pages, job.params, job.tokens, fresh=chunk.start == 0)
-            job.bound = True
-        h_BSC = self.runner.prefill(job.tokens[chunk.start : chunk.stop], slot, chunk.start)
-        if chunk.last:
-            chosen = self.runner.first_token(h_BSC, slot, chunk.stop, mode_of([job.params]))
-            self._launched.append(([job], Reply.begin(chosen, 1)))
-
-    def _take(self, jobs: list[Job], reply: Reply) -> None:
-        """Hand tokens to their answers; those of answers that have ended are dropped."""
-        for row, (job, token) in enumerate(zip(jobs, reply.tokens(), strict=True)):
-            if job.finish:
-                continue
-            if token < 0:
-                self._fail(job)
-                continue
-            top = job.params.logprobs
-            job.push(token, None if top is None else reply.logprob(row, top))
-            if job.finish:
-                self._retire(job)
-
-    def _fail(self, job: Job) -> None:
-        """The model's logits were not numbers: say where it began. The sequence's state is worth nothing now."""
-        where = self.runner.find_bad_layer(job.tokens, job.scheduled.slot, self.limits.chunk)
-        blame = f"{where} is the first to make them" if where else "only the decode step makes them, not the prefill"
-        job.end("error", f"the model's logits are NaN or infinite after {len(job.tokens)} tokens: {blame}")
-        self._retire(job)
-        if job.scheduled.keep:
-            self._scheduler.release(job.scheduled)
-
-    def _refuse(self, job: Job) -> None:
-        """Nothing runs, and still the first in the queue does not fit: sessions hold what it needs."""
-        missing = self._scheduler.shortage(job.scheduled)
-        job.end("error", f"{missing}: open sessions hold them; close one or give the engine more room")
-        self._retire(job)
-
-    def _retire(self, job: Job) -> None:
-        self._scheduler.finish(job.scheduled)
-        del self._jobs[job.scheduled]
 
 
 def default_devices() -> str:

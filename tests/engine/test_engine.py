@@ -9,7 +9,8 @@ from klquant.calibrate.tokenizer import load_tokenizer
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.engine.build import OneDevice
-from klquant.engine.engine import Engine, Limits
+from klquant.engine.engine import Engine
+from klquant.engine.limits import Limits
 from klquant.engine.load import load_weights
 from klquant.engine.request import SamplingParams
 from klquant.engine.session import Chat, Session
@@ -70,8 +71,8 @@ def test_everything_is_free_afterwards(engine):
     engine.generate(PROMPTS, GREEDY)
     list(engine.stream(PROMPTS[3], GREEDY))
     next(iter(engine.stream(PROMPTS[4], GREEDY)))
-    assert engine._scheduler.pages.free == LIMITS.pages and engine._scheduler.slots.free == LIMITS.max_batch
-    assert not engine._jobs and not engine.step()
+    assert engine.loop.scheduler.pages.free == LIMITS.pages and engine.loop.scheduler.slots.free == LIMITS.max_batch
+    assert not engine.loop.jobs and not engine.loop.step()
 
 
 def test_answers_survive_poisoned_memory(loaded):
@@ -151,7 +152,7 @@ def test_refusals_name_what_is_wrong(loaded, tiny):
             engine.generate([PROMPTS[0], prompt], GREEDY)
         with pytest.raises(UserError, match=message):
             engine.stream(prompt, GREEDY)
-    assert not engine._jobs
+    assert not engine.loop.jobs
     for options, message in (
         ({"devices": "cuda:7"}, "cuda:7"), ({"devices": "tpu"}, "unknown device 'tpu'"),
         ({"max_context": 5000}, "max_context 5,000 is beyond the model's own limit of 4,096"),
@@ -173,7 +174,7 @@ def test_logits_that_are_no_numbers_end_only_their_own_answer(loaded, tiny):
         assert not answers[1].tokens
         want = singles(loaded, [GREEDY] * len(PROMPTS))
         assert [answers[0].tokens, answers[2].tokens] == want[1:3]
-        assert engine._scheduler.pages.free == LIMITS.pages
+        assert engine.loop.scheduler.pages.free == LIMITS.pages
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -193,7 +194,7 @@ def test_a_second_turn_is_one_prompt_of_everything(loaded, ahead):
         other = random_ids(40, 8)
         list(session.stream(other, DRAWN))
         assert tuple(session.tokens[40:]) == make(loaded).generate([other], DRAWN)[0].tokens
-    assert engine._scheduler.pages.free == LIMITS.pages and engine._scheduler.slots.free == LIMITS.max_batch
+    assert engine.loop.scheduler.pages.free == LIMITS.pages and engine.loop.scheduler.slots.free == LIMITS.max_batch
 
 
 def test_a_turn_computes_only_what_is_new(loaded, monkeypatch):
@@ -212,7 +213,7 @@ def test_a_turn_computes_only_what_is_new(loaded, monkeypatch):
     assert seen[1:] == [1 + n for n in added]
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
     chat.reset()
-    assert engine._scheduler.slots.free == LIMITS.max_batch
+    assert engine.loop.scheduler.slots.free == LIMITS.max_batch
 
 
 def test_a_conversation_goes_on_after_being_cancelled(loaded):
@@ -277,6 +278,6 @@ def test_an_answer_stops_from_outside(loaded):
         if len(parts) == 4:
             session.stop()
     assert parts[-1].finish == "cancelled" and len(session.answer().tokens) == 4
-    assert not engine._jobs
+    assert not engine.loop.jobs
     session.reset()
-    assert engine._scheduler.slots.free == LIMITS.max_batch
+    assert engine.loop.scheduler.slots.free == LIMITS.max_batch

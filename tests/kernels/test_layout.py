@@ -29,6 +29,8 @@ def test_scales_keep_their_dtype():
     w = random_weight((64, 128), 4)
     half = type(w)(w.spec, w.codes, w.scale.half())
     assert pack(half).scale.dtype == torch.float16
+    full = type(w)(w.spec, w.codes, w.scale.float())
+    assert pack(full).nbytes == packed_bytes(w.spec, 64, 128, scale_bytes=4)
 
 
 def test_experts_packed_in_pieces_are_the_same(monkeypatch):

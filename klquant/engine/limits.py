@@ -1,0 +1,46 @@
+"""What an engine has room for."""
+
+from dataclasses import asdict, dataclass, replace
+
+from klquant.checkpoint.config import KimiLinearConfig
+from klquant.engine.state import CACHE_BITS
+from klquant.errors import UserError
+from klquant.kernels.mla.pages import PAGE_SIZE
+from klquant.recipe.memory import PREFILL_CHUNK
+
+DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that memory is taken for.
+
+    max_context: tokens of one prompt and its answer (None: DEFAULT_CONTEXT, or the model's limit if that is less).
+    max_batch: sequences at a time; each has a slot of KDA state. cache_tokens: tokens in the latent cache, over all
+    sequences (None: max_context). cache_bits: 16, or 8 for INT8. chunk: positions of a prompt that run at once, between
+    two steps of the running answers.
+    """
+
+    max_context: int | None = None
+    max_batch: int = 8
+    cache_tokens: int | None = None
+    cache_bits: int = 16
+    chunk: int = PREFILL_CHUNK
+
+    def of(self, cfg: KimiLinearConfig) -> "Limits":
+        """With every number set. Raises UserError when one is below 1, or max_context is beyond the model's own."""
+        context = min(DEFAULT_CONTEXT, cfg.max_context) if self.max_context is None else self.max_context
+        cache = context if self.cache_tokens is None else self.cache_tokens
+        full = replace(self, max_context=context, cache_tokens=cache)
+        for name, value in asdict(full).items():
+            if value < 1:
+                raise UserError(f"{name} is {value}, expected at least 1")
+        if context > cfg.max_context:
+            raise UserError(f"max_context {context:,} is beyond the model's own limit of {cfg.max_context:,} tokens")
+        if self.cache_bits not in CACHE_BITS:
+            raise UserError(f"cache_bits is {self.cache_bits}, expected {' or '.join(map(str, CACHE_BITS))}")
+        return full
+
+    @property
+    def pages(self) -> int:
+        return -(-self.cache_tokens // PAGE_SIZE)

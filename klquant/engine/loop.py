@@ -1,0 +1,93 @@
+"""The loop that turns scheduled steps into launches, and tokens into answers."""
+
+from klquant.engine.job import Job
+from klquant.engine.reply import Reply
+from klquant.engine.runner import Runner
+from klquant.engine.sampler import mode_of
+from klquant.engine.scheduler import Chunk, Scheduler, Sequence
+
+
+class Loop:
+    """All requests of an engine. `ahead`: a step is launched before the tokens of the one before were looked at."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, ahead: bool) -> None:
+        self.runner, self.scheduler = runner, scheduler
+        self.jobs: dict[Sequence, Job] = {}
+        self._ahead = ahead
+        self._launched: list[tuple[list[Job], Reply]] = []
+
+    def add(self, job: Job) -> None:
+        """Queue a request. Raises UserError when it can never fit."""
+        self.scheduler.add(job.scheduled)
+        self.jobs[job.scheduled] = job
+
+    def cancel(self, job: Job) -> None:
+        """End a request where it is, unless it has ended; its slot and pages are free."""
+        job.end("cancelled")
+        if job.scheduled in self.jobs:
+            self._retire(job)
+
+    def step(self) -> bool:
+        """Launch at most a chunk of a prompt and a token of every running answer. False when there is nothing to do."""
+        step = self.scheduler.schedule()
+        before, self._launched = self._launched, []
+        if step and step.decode:
+            self._decode([self.jobs[s] for s in step.decode])
+        if step and step.prefill:
+            self._prefill(step.prefill)
+        if not self._ahead:
+            before, self._launched = self._launched, []
+        for jobs, reply in before:
+            self._take(jobs, reply)
+        if step is None and not before and self.scheduler.waiting:
+            self._refuse(self.jobs[self.scheduler.waiting[0]])
+            return True
+        return bool(step or before)
+
+    def _decode(self, jobs: list[Job]) -> None:
+        mode = mode_of([job.params for job in jobs])
+        chosen = self.runner.decode([job.scheduled.slot for job in jobs], mode)
+        self._launched.append((jobs, Reply.begin(chosen, len(jobs))))
+
+    def _prefill(self, chunk: Chunk) -> None:
+        job = self.jobs[chunk.sequence]
+        slot = chunk.sequence.slot
+        if not job.bound:
+            self.runner.bind(slot, chunk.sequence.pages, job.params, job.tokens, fresh=chunk.start == 0)
+            job.bound = True
+        h_BSC = self.runner.prefill(job.tokens[chunk.start : chunk.stop], slot, chunk.start)
+        if chunk.last:
+            chosen = self.runner.first_token(h_BSC, slot, chunk.stop, mode_of([job.params]))
+            self._launched.append(([job], Reply.begin(chosen, 1)))
+
+    def _take(self, jobs: list[Job], reply: Reply) -> None:
+        """Hand tokens to their answers; those of answers that have ended are dropped."""
+        for row, (job, token) in enumerate(zip(jobs, reply.tokens(), strict=True)):
+            if job.finish:
+                continue
+            if token < 0:
+                self._fail(job)
+                continue
+            top = job.params.logprobs
+            job.push(token, None if top is None else reply.logprob(row, top))
+            if job.finish:
+                self._retire(job)
+
+    def _fail(self, job: Job) -> None:
+        """The model's logits were not numbers: say where it began. The sequence's state is worth nothing now."""
+        where = self.runner.find_bad_layer(job.tokens, job.scheduled.slot, self.scheduler.chunk)
+        blame = f"{where} is the first to make them" if where else "only the decode step makes them, not the prefill"
+        job.end("error", f"the model's logits are NaN or infinite after {len(job.tokens)} tokens: {blame}")
+        self._retire(job)
+        if job.scheduled.keep:
+            self.scheduler.release(job.scheduled)
+
+    def _refuse(self, job: Job) -> None:
+        """Nothing runs, and still the first in the queue does not fit: sessions hold what it needs."""
+        missing = self.scheduler.shortage(job.scheduled)
+        job.end("error", f"{missing}: open sessions hold them; close one or give the engine more room")
+        self._retire(job)
+
+    def _retire(self, job: Job) -> None:
+        self.scheduler.finish(job.scheduled)
+        del self.jobs[job.scheduled]
