@@ -75,6 +75,8 @@ def open_engine(
             resolve_model(model, weights=True), devices=devices, max_memory=max_memory, max_context=max_context,
             max_batch=1, cache_bits=int(cache_bits), progress=progress,
         )  # fmt: skip
+    for change in engine.runner.weights.notes:
+        note(change)
     if engine.on_cpu:
         note("running on the CPU: klquant's plain reference path, right but slow; its kernels need a CUDA GPU")
     return engine

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from klquant.calibrate.chat import ChatTemplate
 from klquant.calibrate.tokenizer import load_tokenizer
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CheckpointReader
@@ -214,6 +215,30 @@ def test_a_turn_computes_only_what_is_new(loaded, monkeypatch):
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
     chat.reset()
     assert engine.loop.scheduler.slots.free == LIMITS.max_batch
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_end_token_that_the_template_writes_is_computed_once(loaded, ahead, monkeypatch):
+    """Launched ahead, the state has seen the end token already; otherwise it is the first of what is new."""
+    weights, plain = loaded
+    first = make(loaded).generate(["u:hello;a:"], replace(GREEDY, max_new_tokens=60))[0]
+    end = next(t for t in first.tokens[2:] if plain.decode([t]).isascii() and plain.decode([t]).isalnum())
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}u:{{ m.content }};a:"
+        f"{{% else %}}{{{{ m.content }}}}{plain.decode([end])}{{% endif %}}{{% endfor %}}"
+    )
+    tokenizer = replace(plain, template=ChatTemplate(source, "here"))
+    engine = Engine(weights, tokenizer, LIMITS, ends=frozenset([end]), ahead=ahead)
+    seen, real = [], engine.runner.prefill
+    monkeypatch.setattr(engine.runner, "prefill", lambda ids, *rest: seen.append(list(ids)) or real(ids, *rest))
+    chat = Chat(engine)
+    params = replace(GREEDY, max_new_tokens=60, ignore_eos=False)
+    list(chat.ask("hello", params))
+    assert chat.session.answer().finish == "eos"
+    list(chat.ask("more", params))
+    assert seen[-1] == ([] if ahead else [end]) + plain.encode("u:more;a:")
+    said = chat.session.answer().tokens
+    assert engine.generate([chat.session.tokens[: -len(said)]], params)[0].tokens == said
 
 
 def test_a_conversation_goes_on_after_being_cancelled(loaded):
