@@ -8,7 +8,8 @@ Shape suffixes: B = windows in a batch, S = tokens a window, T = tokens (B·S), 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,13 +20,14 @@ from klquant.calibrate.activations import Activations
 from klquant.calibrate.experts import quantize_experts
 from klquant.calibrate.fit import TensorRecord, fit_weight
 from klquant.calibrate.folding import Seam
-from klquant.calibrate.paths import get, is_stack, put, tensor_names
+from klquant.calibrate.paths import get, is_stack, move, put, tensor_names
 from klquant.calibrate.rescale import rescale
+from klquant.calibrate.routes import routed_output
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.core.grid import SCALE_DTYPE, Quantized
 from klquant.model.kda import kda_mix
 from klquant.model.mla import mla_mix
-from klquant.model.moe import activate, experts, route
+from klquant.model.moe import activate, route
 from klquant.model.norm import rms_norm
 from klquant.model.weights import LayerWeights, MLAWeights, MoEWeights
 from klquant.quantize.hessian import Moments
@@ -38,13 +40,15 @@ Stage = Callable[[LayerWeights, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class LayerResult:
-    """What a layer leaves behind: grids and records by module name, kept tensors that a folding changed by tensor name,
-    and how many calibration tokens the router sent to each expert."""
+    """What a layer leaves behind: grids (where they were made) and records by module name, kept tensors that a folding
+    changed by tensor name, how many calibration tokens the router sent to each expert, and what went otherwise than
+    planned."""
 
     quantized: dict[str, Quantized] = field(default_factory=dict)
     records: dict[str, TensorRecord] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,20 @@ class Streams:
 
 @dataclass(frozen=True)
 class WalkSettings:
-    """Where a layer is worked on. `batch` is in windows; `expert_chunk` experts have their Hessians held at once;
-    `scratch` is where inputs of an output projection are kept, None for memory."""
+    """Where a layer is worked on. `batch` is in windows; of `expert_blocks` blocks of experts the moments are held at
+    once (None: as many as fit); `scratch` is where inputs of an output projection are kept, None for memory; `others`
+    are devices that share the experts with `device`. Results depend on `dtype`, `batch` and the kind of device only."""
 
     device: torch.device
     dtype: torch.dtype
     batch: int
-    expert_chunk: int
+    expert_blocks: int | None = None
     scratch: Path | None = None
+    others: tuple[torch.device, ...] = ()
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return (self.device, *self.others)
 
 
 class LayerWalk:
@@ -95,6 +105,15 @@ class LayerWalk:
         else:
             self._dense()
         return self.result
+
+    def on(self, device: torch.device) -> "LayerWalk":
+        """A walk through the same layer as it is now, on another device and with a result of its own."""
+        other = copy(self)
+        other.settings = replace(self.settings, device=device, others=())
+        other.exact, other.now = move(self.exact, device), move(self.now, device)
+        other.metrics = tuple(None if m is None else m.to(device) for m in self.metrics)
+        other.result, other.progress = LayerResult(), lambda phase, fraction: None
+        return other
 
     def _attention(self) -> None:
         mla = isinstance(self.exact.attn, MLAWeights)
@@ -130,7 +149,7 @@ class LayerWalk:
         def stage(w: LayerWeights, h: Tensor) -> tuple[Tensor, Tensor]:
             x = self.norm(h, w.post_norm)
             flat = x.flatten(0, 1)
-            routed = experts(self.config, w.mlp, flat, *route(self.config, w.mlp, flat))
+            routed = routed_output(self.config, w.mlp, flat, *route(self.config, w.mlp, flat))
             return activate(w.mlp.shared, x), h + routed.view_as(h).to(h.dtype)
 
         # The shared expert sees every token and comes last, so it can make up for some of what the experts lost.
@@ -199,7 +218,7 @@ class LayerWalk:
                     self.now = put(self.now, path, values[0])
                 for e, name in enumerate(names):
                     module = (self.prefix + name).removesuffix(".weight")
-                    self.result.quantized[module] = fit.quantized[e].to("cpu")
+                    self.result.quantized[module] = fit.quantized[e]
                     self.result.records[module] = fit.records[e]
 
     def _output(self, phase: str, seam: Seam, stage: Stage, metric_CC: Tensor | None, *, keep: bool = True) -> None:

@@ -23,7 +23,6 @@ from klquant.checkpoint.writer import (
     write_json,
     write_safetensors,
 )
-from klquant.core.memory import free_memory
 from klquant.errors import UserError
 from klquant.pipeline.journal import PROVENANCE, Journal, Purpose
 from klquant.pipeline.report import Silent, UnitDone, Watcher
@@ -41,7 +40,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a user may choose beside model, recipe and output. `calib` is a mix or text files (None: the recipe's)."""
+    """What a user may choose beside model, recipe and output. `calib` is a mix or text files (None: the recipe's);
+    `device` may be several, `cuda:0,cuda:1`."""
 
     calib: str | None = None
     device: str = "cpu"
@@ -61,16 +61,16 @@ def quantize(
     with Journal(out) as journal, torch.no_grad():
         before = journal.find(options.resume)
         check_model(reader)
-        device = pick_device(options.device)
+        device, *others = pick_devices(options.device)
         settings = WalkSettings(
             device=device,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
             batch=max(1, BATCH_TOKENS[device.type] // plan.recipe.calibration.window),
-            expert_chunk=before["expert_chunk"] if before else _expert_chunk(reader, device),
+            others=tuple(others),
         )
         purpose = Purpose(
             klquant.__version__, torch.__version__, reader.fingerprint(), plan.digest(),
-            before and before["calibration"], device.type, options.shard_bytes, settings.expert_chunk,
+            before and before["calibration"], device.type, options.shard_bytes,
         )  # fmt: skip
         if before:
             journal.check(purpose)
@@ -100,6 +100,17 @@ def check_model(reader: CheckpointReader) -> None:
     reader.check_complete()
 
 
+def pick_devices(names: str) -> list[torch.device]:
+    """One device or several of a kind, `cuda:0,cuda:1`. Raises UserError when one is not there or comes twice."""
+    devices = [pick_device(name.strip()) for name in names.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise UserError(f"devices {names}: of several kinds; a result depends on the kind of device")
+    cards = [device.index or 0 for device in devices if device.type == "cuda"]
+    if len(set(cards)) < len(cards):
+        raise UserError(f"devices {names}: a card comes twice")
+    return devices
+
+
 def pick_device(name: str) -> torch.device:
     """`cpu`, `cuda` or `cuda:N`. Raises UserError when there is no such device."""
     try:
@@ -113,15 +124,6 @@ def pick_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N")
     return device
-
-
-def _expert_chunk(reader: CheckpointReader, device: torch.device) -> int:
-    """Experts whose moments and working copies are held at once: what fits a third of the free memory, rounded down to
-    a power of two, because a batched product's last bits may depend on the batch."""
-    config = reader.config
-    per_expert = 4 * (6 * config.hidden_size**2 + 16 * config.hidden_size * config.moe_intermediate_size)
-    fits = max(1, free_memory(device) // 3 // per_expert)
-    return min(config.num_experts, 1 << (fits.bit_length() - 1))
 
 
 def _work(units: Units, journal: Journal, shards: list[Shard], ids_WS: Tensor | None, watcher: Watcher) -> None:
@@ -190,7 +192,7 @@ def _summary(name: str, result: UnitResult, written: list[ShardRecord]) -> UnitD
         mean_error=sum(errors.values()) / len(errors) if errors else None,
         worst_error=errors.get(worst),
         worst_tensor=worst,
-        fallbacks=[f"{module}: {r.fallback}" for module, r in result.records.items() if r.fallback],
+        fallbacks=result.fallbacks + [f"{module}: {r.fallback}" for module, r in result.records.items() if r.fallback],
     )
 
 

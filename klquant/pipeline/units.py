@@ -38,11 +38,12 @@ def units_of(plan: Plan) -> dict[str, list[Decision]]:
 
 @dataclass
 class UnitResult:
-    """Stored tensors of a unit, by name, and how its weights fared."""
+    """Stored tensors of a unit, by name, how its weights fared, and fallbacks that concern no weight's value."""
 
     tensors: dict[str, Tensor]
     records: dict[str, TensorRecord] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Units:
                 w = torch.stack([self._matrix(d.key.name) for d in part])
                 (fit,) = fit_weight(w, part[0], None, self.plan.recipe, [w.shape[-2]])
                 for i, d in enumerate(part):
-                    result.quantized[d.key.module] = fit.quantized[i].to("cpu")
+                    result.quantized[d.key.module] = fit.quantized[i]
                     result.records[d.key.module] = fit.records[i]
                 done += len(part)
         return self._pack(decisions, result)
@@ -92,7 +93,7 @@ class Units:
             progress("head", 0.0)
             w = self._matrix(HEAD)[None]
             (fit,) = fit_weight(w, decision, moments, self.plan.recipe, [w.shape[-2]])
-            result.quantized[decision.key.module] = fit.quantized[0].to("cpu")
+            result.quantized[decision.key.module] = fit.quantized[0]
             result.records[decision.key.module] = fit.records[0]
         return self._pack(decisions, result)
 
@@ -121,7 +122,8 @@ class Units:
         for d in decisions:
             name = d.key.name
             if d.spec is not None:
-                tensors |= compress(d.key.module, result.quantized.pop(d.key.module))
+                packed = compress(d.key.module, result.quantized.pop(d.key.module))
+                tensors |= {part: tensor.to("cpu") for part, tensor in packed.items()}
             elif name in result.changed:
                 # Scales are powers of two, so going back to the stored dtype loses nothing.
                 tensors[name] = result.changed[name].to("cpu", DTYPES[d.dtype]).view(d.shape)
@@ -130,7 +132,7 @@ class Units:
                 self.reader.require_finite(name, tensors[name])
         planned = {s.name: s.nbytes for d in decisions for s in stored_tensors(d)}
         assert {name: t.nbytes for name, t in tensors.items()} == planned, "output differs from the plan"
-        return UnitResult(tensors, result.records, result.expert_tokens)
+        return UnitResult(tensors, result.records, result.expert_tokens, result.fallbacks)
 
 
 def _alike(d: Decision) -> tuple:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import klquant.calibrate.experts as experts
 import klquant.pipeline.run as pipeline
 from klquant.errors import UserError
 from klquant.pipeline.journal import Journal
@@ -166,7 +167,7 @@ def test_two_runs_do_not_share_a_folder(stopped, model):
 def test_an_unfinished_run_of_another_format_is_refused(stopped, model):
     file = unfinished(stopped) / ".state" / "purpose.json"
     purpose = json.loads(file.read_text())
-    del purpose["expert_chunk"]
+    del purpose["shard_bytes"]
     file.write_text(json.dumps(purpose))
     refused(stopped, "another version of klquant", model, resume=True)
 
@@ -181,7 +182,7 @@ def test_a_damaged_state_is_one_line(stopped, model, name):
 
 
 def test_free_memory_at_the_time_of_the_resume_does_not_matter(stopped, model, monkeypatch, whole_digests):
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1)
+    monkeypatch.setattr(experts, "free_memory", lambda device: 1)
     run(model, stopped, resume=True)
     assert digests(stopped) == whole_digests
 

@@ -27,6 +27,7 @@ def test_a_cpu_takes_the_plain_functions():
 @pytest.mark.parametrize("card", SHARED_MEMORY)
 def test_kernels_compile(card):
     from klquant.quantize.kernels.columns import round_block
+    from klquant.quantize.kernels.grouped import GRAM_TOKENS, LINEAR_INPUTS, TILE, add_gram, map_rows
     from klquant.quantize.kernels.scales import normal_equations, search_groups
 
     grid = {"QMIN": -8, "QMAX": 7}
@@ -38,6 +39,10 @@ def test_kernels_compile(card):
         "best_scale": "*bf16",
         "best_zero": "*i8",
         "steps": "*bf16",
+        "total": "*fp32",
+        **dict.fromkeys(("x", "star", "up", "gate", "out"), "*bf16"),
+        **dict.fromkeys(("bounds", "tiles"), "*i32"),
+        "rows": "*i64",
     }
     jobs = [
         (round_block, block | {"REVISE": False, "zero": None, "change": None}, 1),
@@ -47,13 +52,20 @@ def test_kernels_compile(card):
         (normal_equations, {"ROWS": 128, "COLUMNS": 128, "INNER": 32}, 8),
         (normal_equations, {"ROWS": 128, "COLUMNS": 16, "INNER": 16}, 8),
     ]
-    for kernel, constants, warps in jobs:
-        binary = compiled(kernel, pointers, constants, card, warps)
-        assert binary.metadata.shared <= SHARED_MEMORY[card]
+    gram, rows = {"TILE": TILE, "TOKENS": GRAM_TOKENS}, {"ROWS": TILE, "INPUTS": LINEAR_INPUTS}
+    grouped = [
+        (add_gram, gram, 8),
+        (add_gram, gram | {"star": None, "rows": None}, 8),
+        (map_rows, rows | {"COLUMNS": TILE // 2}, 8),
+        (map_rows, rows | {"COLUMNS": TILE, "gate": None, "rows": None}, 8),
+    ]
+    for kernel, constants, warps, stages in [(*job, 2) for job in jobs] + [(*job, 3) for job in grouped]:
+        binary = compiled(kernel, pointers, constants, card, warps, stages)
+        assert binary.metadata.shared <= SHARED_MEMORY[card], (kernel, constants)
         assert ".local" not in binary.asm["ptx"]
 
 
-def compiled(kernel, pointers, constants, card, warps):
+def compiled(kernel, pointers, constants, card, warps, stages):
     """The kernel built for a card that need not be there."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -68,7 +80,9 @@ def compiled(kernel, pointers, constants, card, warps):
         {(names.index(x),): value for x, value in constants.items()},
         {(names.index(x),): [["tt.divisibility", 16]] for x in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps, "num_stages": 2})
+    return triton.compile(
+        source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps, "num_stages": stages}
+    )
 
 
 # On a card.
