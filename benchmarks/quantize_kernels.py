@@ -43,12 +43,11 @@ def compare(experts: int, n: int, k: int, gen: torch.Generator) -> str:
 
 def _stages(w, h) -> dict[str, Callable]:
     diagonal = h.diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
     scale, zero = rtn.fit_scales(w, SPEC, importance_K=diagonal)
-    q = Quantized(SPEC, stages.sweep(w, h, order, scale, zero, SPEC, 0.01)[0], scale, zero)
+    q = Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC)[0], scale, zero)
     return {
         "scale search": lambda: rtn.fit_scales(w, SPEC, importance_K=diagonal),
-        "sweep, factor included": lambda: stages.sweep(w, h, order, scale, zero, SPEC, 0.01),
+        "sweep, factor included": lambda: stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC),
         "refit of scales": lambda: stages.refit_scales(w, h, q),
         "descent, one round": lambda: stages.descend(w, h, q),
         "gptq, three rounds": lambda: stages.gptq(w, h, SPEC),
@@ -85,13 +84,14 @@ def _check(w, h) -> list[str]:
         return float((one / other - 1).abs().max())
 
     diagonal = h.diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
     with kernels.plain():
         scale, zero = rtn.fit_scales(w, SPEC, importance_K=diagonal)
-        start = Quantized(SPEC, stages.sweep(w, h, order, scale, zero, SPEC, 0.01)[0], scale, zero)
+        start = Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC)[0], scale, zero)
     jobs = {
         "scales": lambda: rtn.rtn(w, SPEC, importance_K=diagonal),
-        "sweep": lambda: Quantized(SPEC, stages.sweep(w, h, order, scale, zero, SPEC, 0.01)[0], scale, zero),
+        "sweep": lambda: Quantized(
+            SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC)[0], scale, zero
+        ),
         "refit": lambda: stages.refit_scales(w, h, start),
         "descent": lambda: stages.descend(w, h, start),
         "gptq": lambda: stages.gptq(w, h, SPEC).quantized,

@@ -1,11 +1,13 @@
 """The residual stream of all calibration windows between two layers, in memory or in a file."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from klquant.core.memory import pin, unpin
 from klquant.errors import UserError
 
 
@@ -13,14 +15,19 @@ class Activations:
     """Windows [W, S, C] of one dtype, read and written in slices of whole windows.
 
     With `path` the data lives in a plain file and only the slice in use is in memory; the page cache keeps what fits.
+    Without, `pinned` locks the memory, if the system allows it, so that a GPU copies from and to it at full speed.
     """
 
-    def __init__(self, windows: int, length: int, width: int, dtype: torch.dtype, path: Path | None = None) -> None:
+    def __init__(
+        self, windows: int, length: int, width: int, dtype: torch.dtype, path: Path | None = None, *,
+        pinned: bool = False,
+    ) -> None:  # fmt: skip
         self.shape = (windows, length, width)
         self.dtype = dtype
         self.path = path
         self._row = length * width * dtype.itemsize
         self._data = None if path else torch.empty(self.shape, dtype=dtype)
+        self._pinned = self._data is not None and pinned and pin(self._data)
         self._fd = -1
         if path:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -58,7 +65,7 @@ class Activations:
     def write(self, start: int, values: Tensor) -> None:
         """Store `values` [n, S, C] from window `start` on."""
         if self._data is not None:
-            self._data[start : start + values.shape[0]] = values.to(self.dtype).cpu()
+            self._data[start : start + values.shape[0]].copy_(values)
             return
         flat = values.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         buffer = memoryview(flat).cast("B")
@@ -77,4 +84,39 @@ class Activations:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._pinned:
+            unpin(self._data)
+            self._pinned = False
         self._data = None
+
+
+def feed(
+    sources: list[Activations | None], size: int, device: torch.device
+) -> Iterator[tuple[int, list[Tensor | None]]]:
+    """First window and slices of `size` windows of each source, on the device.
+
+    While one slice is worked on, the next is on its way to a GPU: write no window that was not handed out yet.
+    """
+    total = len(next(source for source in sources if source is not None))
+
+    def fetch(start: int) -> list[Tensor | None]:
+        stop = min(start + size, total)
+        return [None if s is None else s.read(start, stop).to(device, non_blocking=True) for s in sources]
+
+    if device.type != "cuda":
+        for start in range(0, total, size):
+            yield start, fetch(start)
+        return
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        coming = fetch(0)
+    for start in range(0, total, size):
+        here, slices = torch.cuda.current_stream(device), coming
+        here.wait_stream(side)
+        for x in slices:
+            if x is not None:
+                x.record_stream(here)
+        if start + size < total:
+            with torch.cuda.stream(side):
+                coming = fetch(start + size)
+        yield start, slices

@@ -10,13 +10,12 @@ Shape suffixes: B = windows in a batch, S = tokens a window, T = tokens (B·S), 
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from klquant.calibrate import folding
-from klquant.calibrate.activations import Activations
+from klquant.calibrate.activations import Activations, feed
 from klquant.calibrate.experts import quantize_experts
 from klquant.calibrate.fit import TensorRecord, fit_weight
 from klquant.calibrate.folding import Seam
@@ -25,6 +24,7 @@ from klquant.calibrate.rescale import rescale
 from klquant.calibrate.routes import routed_output
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.core.grid import SCALE_DTYPE, Quantized
+from klquant.core.memory import free_memory
 from klquant.model.kda import kda_mix
 from klquant.model.mla import mla_mix
 from klquant.model.moe import activate, route
@@ -33,6 +33,11 @@ from klquant.model.weights import LayerWeights, MLAWeights, MoEWeights
 from klquant.quantize.hessian import Moments
 from klquant.recipe.decision import Decision
 from klquant.recipe.plan import Plan
+
+# Share of the free memory that the inputs of a layer's last map may take between two passes.
+KEPT_SHARE = 0.25
+# Tokens mixed at once: a KDA mixer's temporaries in FP32 are a hundred times as wide as its inputs.
+MIX_TOKENS = 16384
 
 # A stage of a layer: the inputs [B, S, K] of its last linear map, and the stream [B, S, C] that the output is added to.
 Stage = Callable[[LayerWeights, Tensor], tuple[Tensor, Tensor]]
@@ -62,14 +67,13 @@ class Streams:
 @dataclass(frozen=True)
 class WalkSettings:
     """Where a layer is worked on. `batch` is in windows; of `expert_blocks` blocks of experts the moments are held at
-    once (None: as many as fit); `scratch` is where inputs of an output projection are kept, None for memory; `others`
-    are devices that share the experts with `device`. Results depend on `dtype`, `batch` and the kind of device only."""
+    once (None: as many as fit); `others` are devices that share the experts with `device`. Results depend on `dtype`,
+    `batch` and the kind of device only."""
 
     device: torch.device
     dtype: torch.dtype
     batch: int
     expert_blocks: int | None = None
-    scratch: Path | None = None
     others: tuple[torch.device, ...] = ()
 
     @property
@@ -123,7 +127,9 @@ class LayerWalk:
         self.fit(seam.consumers, moments)
 
         def stage(w: LayerWeights, h: Tensor) -> tuple[Tensor, Tensor]:
-            return mix(self.config, w.attn, self.norm(h, w.input_norm)), h
+            parts = h.split(max(1, MIX_TOKENS // h.shape[1]))
+            mixed = [mix(self.config, w.attn, self.norm(part, w.input_norm)) for part in parts]
+            return mixed[0] if len(mixed) == 1 else torch.cat(mixed), h
 
         # Mixing twice costs a GPU less than moving the output back and forth, and a CPU a quarter less memory.
         seam = folding.MLA_OUTPUT if mla else folding.KDA_OUTPUT
@@ -166,14 +172,10 @@ class LayerWalk:
 
     def batches(self, phase: str, *, reference: bool = True) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """First window, quantized stream and reference stream (or None) [B, S, C] of one batch after the other."""
-        streams, size = self.streams, self.settings.batch
-        total = len(streams.quantized)
-        for start in range(0, total, size):
-            self.progress(phase, start / total)
-            stop = min(start + size, total)
-            h = streams.quantized.read(start, stop).to(self.settings.device)
-            both = reference and streams.reference is not None
-            yield start, h, streams.reference.read(start, stop).to(self.settings.device) if both else None
+        sources = [self.streams.quantized, self.streams.reference if reference else None]
+        for start, (h, h_star) in feed(sources, self.settings.batch, self.settings.device):
+            self.progress(phase, start / len(self.streams.quantized))
+            yield start, h, h_star
 
     def moments(self, k: int, *lead: int, n: int = 0) -> Moments:
         """Empty sums for inputs of size `k`, with what target corrections need when they are on."""
@@ -224,16 +226,16 @@ class LayerWalk:
     def _output(self, phase: str, seam: Seam, stage: Stage, metric_CC: Tensor | None, *, keep: bool = True) -> None:
         """Quantize the linear map that ends a half layer, the seam's only consumer, and move both streams past it.
 
-        `keep`: store the map's inputs between the two passes rather than compute them again.
+        `keep`: hold the map's inputs on the device between the two passes, where they fit, rather than make them again.
         """
         (path,) = seam.consumers
         w_CK, streams = get(self.exact, path), self.streams
         n, k = w_CK.shape
         wanted = self.decision(path).spec is not None
         moments = self.moments(k, n=n)
-        kept = None
-        if keep:
-            kept = Activations(*streams.quantized.shape[:2], k, self.settings.dtype, self.settings.scratch)
+        tokens = streams.quantized.shape[0] * streams.quantized.shape[1]
+        fits = tokens * k * self.settings.dtype.itemsize < KEPT_SHARE * free_memory(self.settings.device)
+        kept: list[Tensor] | None = [] if keep and fits else None
         for start, h, reference in self.batches(phase):
             x, base = stage(self.now, h)
             x_star = gap = None
@@ -245,7 +247,7 @@ class LayerWalk:
             if wanted:
                 moments.add(x.flatten(0, 1), reference_TK=x_star, missing_TN=gap)
             if kept is not None:
-                kept.write(start, x)
+                kept.append(x)
                 streams.quantized.write(start, base)
         scale = None
         if wanted:
@@ -256,8 +258,6 @@ class LayerWalk:
             if kept is None:
                 x, base = stage(self.now, base)  # made with the scale already folded in
             else:
-                x = kept.read(start, start + base.shape[0]).to(base.device)
+                x = kept.pop(0)
                 x = x if scale is None else x / scale.to(x.dtype)
             streams.quantized.write(start, base + x @ w_CK.T)
-        if kept is not None:
-            kept.close()

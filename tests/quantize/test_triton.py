@@ -5,7 +5,7 @@ import torch
 
 from klquant.core.spec import WeightSpec
 from klquant.quantize import kernels
-from klquant.quantize.gptq import descend, gptq, layer_loss, refit_scales, sweep
+from klquant.quantize.gptq import descend, gptq, layer_loss, put_in_order, refit_scales, sweep
 from klquant.quantize.rtn import fit_scales, rtn
 from tests.triton_interpreter import interpreting, needs_triton, run_interpreted
 
@@ -112,7 +112,6 @@ def problem(e, n, k, seed=0):
 def test_each_stage_is_the_plain_one(shape, spec):
     w, h = problem(*shape)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
     q = rtn(w, spec)
 
     def loss(codes_or_q):
@@ -124,7 +123,7 @@ def test_each_stage_is_the_plain_one(shape, spec):
         want = fit_scales(w, spec, importance_K=diagonal)[0]
     assert (got != want).float().mean() < 1e-3
     stages = [
-        lambda: sweep(w, h, order, q.scale, q.zero, spec, 0.01)[0],
+        lambda: sweep(w, put_in_order(h, 0.01), q.scale, q.zero, spec)[0],
         lambda: refit_scales(w, h, q),
         lambda: descend(w, h, q),
     ]

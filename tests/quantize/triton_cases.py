@@ -47,11 +47,13 @@ def problem(e, n, k, seed=0):
     return torch.randn(e, n, k, generator=gen) / k**0.5 + 0.02, x.mT @ x / (2 * k)
 
 
-def start(w, h, spec):
-    """Scales and the order of columns, as `gptq` makes them."""
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    return *rtn.fit_scales(w, spec, importance_K=diagonal), order
+def both_sweeps(w, h, spec):
+    """Codes and damping of the kernel and of the plain sweep, on the same scales."""
+    scale, zero = rtn.fit_scales(w, spec, importance_K=h.diagonal(dim1=-2, dim2=-1))
+    plain = reference.put_in_order(h, 0.01)
+    factor, damp = columns.factors(h, plain.order, 0.01)
+    got = columns.sweep(w, factor, plain.order, scale, zero, spec)
+    return (got, damp), reference.sweep(w, plain, scale, zero, spec)
 
 
 # One tile and several, one block and a block and a bit, one expert and several.
@@ -67,9 +69,7 @@ cases = pytest.mark.parametrize(("shape", "spec"), CASES.values(), ids=CASES.key
 @cases
 def test_sweep(shape, spec):
     w, h = problem(*shape)
-    scale, zero, order = start(w, h, spec)
-    got, got_damp = columns.sweep(w, h, order, scale, zero, spec, 0.01)
-    want, want_damp = reference.sweep(w, h, order, scale, zero, spec, 0.01)
+    (got, got_damp), (want, want_damp) = both_sweeps(w, h, spec)
     assert torch.equal(got, want) and torch.equal(got_damp, want_damp)
 
 
@@ -77,10 +77,8 @@ def test_sweep_with_one_hessian_for_several_experts(monkeypatch):
     monkeypatch.setattr(columns, "EXPERTS", 2)
     spec = WeightSpec(bits=4, group_size=32)
     w, h = problem(3, 4, 64)
-    scale, zero, order = start(w, h[:1], spec)
-    got, damp = columns.sweep(w, h[:1], order, scale, zero, spec, 0.01)
-    assert damp.shape == (1,)
-    assert torch.equal(got, reference.sweep(w, h[:1], order, scale, zero, spec, 0.01)[0])
+    (got, damp), (want, _) = both_sweeps(w, h[:1], spec)
+    assert damp.shape == (1,) and torch.equal(got, want)
 
 
 @cases
