@@ -3,12 +3,39 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Condition
 
 import torch
 from torch import Tensor
 
 from klquant.core.memory import pin, unpin
 from klquant.errors import UserError
+
+
+class Gate:
+    """Keeps what changes windows behind what copies them, window by window."""
+
+    def __init__(self) -> None:
+        self._moved = Condition()
+        self._passed = float("inf")
+
+    def close(self) -> None:
+        """A copy is to be made: nothing may be changed yet."""
+        self.passed(0)
+
+    def passed(self, windows: float) -> None:
+        """The first `windows` may be changed."""
+        with self._moved:
+            self._passed = windows
+            self._moved.notify_all()
+
+    def open(self) -> None:
+        self.passed(float("inf"))
+
+    def wait(self, windows: int) -> None:
+        """Until the first `windows` may be changed."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._passed >= windows)
 
 
 class Activations:
@@ -25,6 +52,7 @@ class Activations:
         self.shape = (windows, length, width)
         self.dtype = dtype
         self.path = path
+        self.gate = Gate()
         self._row = length * width * dtype.itemsize
         self._data = None if path else torch.empty(self.shape, dtype=dtype)
         self._pinned = self._data is not None and pinned and pin(self._data)
@@ -63,7 +91,8 @@ class Activations:
         return out
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store `values` [n, S, C] from window `start` on."""
+        """Store `values` [n, S, C] from window `start` on, as soon as the gate lets it."""
+        self.gate.wait(start + values.shape[0])
         if self._data is not None:
             self._data[start : start + values.shape[0]].copy_(values)
             return

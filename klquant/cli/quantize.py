@@ -97,7 +97,7 @@ def _run(model: str, reader, plan, out: Path, options) -> None:
     except KeyboardInterrupt:
         kept = "the same command with --resume goes on" if journal.folder.exists() else "nothing was written"
         raise Failure(f"interrupted: {kept}", 130) from None
-    print_after(screen, model, plan, out, provenance, shown.pace.gone)
+    print_after(screen, model, plan, out, provenance, shown.pace.gone, shown.traffic)
 
 
 def _with_calibration(recipe: Recipe, tokens: int | None, window: int | None) -> Recipe:

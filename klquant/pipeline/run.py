@@ -24,11 +24,13 @@ from klquant.checkpoint.writer import (
     write_safetensors,
 )
 from klquant.errors import UserError
+from klquant.pipeline.ahead import Ahead
+from klquant.pipeline.behind import Behind
 from klquant.pipeline.journal import PROVENANCE, Journal, Purpose
-from klquant.pipeline.report import Silent, UnitDone, Watcher
+from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
 from klquant.pipeline.streams import StreamStore
 from klquant.pipeline.text import Text, draw_text, keep_text
-from klquant.pipeline.units import UnitResult, Units, units_of
+from klquant.pipeline.units import UnitResult, Units, names_read, units_of
 from klquant.recipe.plan import Plan
 
 SHARD_BYTES = 5_000_000_000
@@ -89,7 +91,7 @@ def quantize(
         for note in text.calibration.notes if text else ():
             watcher.note(note)
         shards = plan_shards(layer_units(plan.stored_sizes()), options.shard_bytes)
-        _work(Units(reader, plan, settings), journal, shards, text and text.calibration.ids, watcher)
+        _work(reader, plan, settings, journal, shards, text and text.calibration.ids, watcher)
         return _finish(reader, plan, journal, shards, text)
 
 
@@ -126,35 +128,61 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _work(units: Units, journal: Journal, shards: list[Shard], ids_WS: Tensor | None, watcher: Watcher) -> None:
-    """Do the units that are not done yet and commit each."""
-    jobs, done = list(units_of(units.plan).items()), journal.done
+def _work(
+    reader: CheckpointReader, plan: Plan, settings: WalkSettings, journal: Journal, shards: list[Shard],
+    ids_WS: Tensor | None, watcher: Watcher,
+) -> None:  # fmt: skip
+    """Do the units that are not done yet. While one is at work, the next is read and the one before written."""
+    jobs, done = list(units_of(plan).items()), journal.done
     watcher.begin([name for name, _ in jobs], done)
-    store: StreamStore | None = None
-    for number, (name, decisions) in enumerate(jobs[done:], done):
-        progress = partial(watcher.phase, name)
-        if ids_WS is None or number == 0:
-            result = units.plain(decisions, progress)
-        else:
-            if store is None:
-                store = StreamStore(units, journal, ids_WS)
-                store.load(number)
-                if store.on_disk:
-                    watcher.note("memory is short: activations are kept in files beside the output")
-            if number <= units.plan.config.num_layers:
-                result = units.layer(number - 1, decisions, store.streams, progress)
+    reads = [names_read(plan, name, decisions) for name, decisions in jobs[done:]]
+    written = 0
+    with Ahead(reader, reads, settings.device) as ahead, Behind() as behind:
+        units, store = Units(reader, ahead, plan, settings), None
+        for number, (name, decisions) in enumerate(jobs[done:], done):
+            progress = partial(watcher.phase, name)
+            if ids_WS is None or number == 0:
+                result = units.plain(decisions, progress)
             else:
-                result = units.head(decisions, store.streams, progress)
-        _require_sane(result)
-        progress("writing", 1.0)
+                if store is None:
+                    store = StreamStore(units, journal, ids_WS)
+                    store.load(number)
+                    if store.on_disk:
+                        watcher.note("memory is short: activations are kept in files beside the output")
+                if number <= plan.config.num_layers:
+                    result = units.layer(number - 1, decisions, store.streams, progress)
+                else:
+                    result = units.head(decisions, store.streams, progress)
+            _require_sane(result)
+            progress("writing", 1.0)
+            behind.wait()
+            leaving = store if number + 1 < len(jobs) else None
+            if leaving is not None:
+                leaving.hold()
+            written += sum(tensor.nbytes for tensor in result.tensors.values())
+            behind.submit(partial(_put_away, journal, number, name, shards, result, leaving, watcher))
+            del result
+        behind.wait()
+        if store is not None:
+            store.close()
+        watcher.end(Traffic(ahead.nbytes, ahead.waited, written, behind.waited))
+
+
+def _put_away(
+    journal: Journal, number: int, name: str, shards: list[Shard], result: UnitResult, store: StreamStore | None,
+    watcher: Watcher,
+) -> None:  # fmt: skip
+    """Make a unit safe: its shards, then the streams that leave it, then the mark that it is done."""
+    try:
         written = _write(journal.folder, shards, result)
-        if store is not None and number + 1 < len(jobs):
+        if store is not None:
             store.save(number + 1)
-        journal.commit(number, _record(name, result, written))
-        journal.drop_streams(number + 1)
-        watcher.done(_summary(name, result, written))
-    if store is not None:
-        store.close()
+    finally:
+        if store is not None:
+            store.release()
+    journal.commit(number, _record(name, result, written))
+    journal.drop_streams(number + 1)
+    watcher.done(_summary(name, result, written))
 
 
 def _require_sane(result: UnitResult) -> None:

@@ -35,7 +35,8 @@ class StreamStore:
         self.parts: dict[str, Activations] = {}
         for name in names:
             path = journal.state / f"{name}.work" if self.on_disk else None
-            self.parts[name] = Activations(*ids_WS.shape, width, dtype, path)
+            pinned = units.settings.device.type == "cuda"
+            self.parts[name] = Activations(*ids_WS.shape, width, dtype, path, pinned=pinned)
 
     @property
     def streams(self) -> Streams:
@@ -56,9 +57,22 @@ class StreamStore:
             _copy(saved, part)
             saved.close()
 
+    def hold(self) -> None:
+        """Let nobody change the streams before `save` has copied them, or `release` is called."""
+        for part in self.parts.values():
+            part.gate.close()
+
+    def release(self) -> None:
+        for part in self.parts.values():
+            part.gate.open()
+
     def save(self, unit: int) -> None:
-        """Put a copy of what enters `unit` on the disk, whole or not at all."""
-        for name, part in self.parts.items():
+        """Put a copy of what enters `unit` on the disk, whole or not at all.
+
+        May run beside a layer: what it has copied can be changed. The reference stream, which a layer changes first, is
+        copied first.
+        """
+        for name, part in reversed(self.parts.items()):
             file = self.journal.stream(name, unit)
             half = file.with_name(f"{file.name}.half")
             half.unlink(missing_ok=True)
@@ -81,7 +95,9 @@ class StreamStore:
 
 def _copy(source: Activations, target: Activations) -> None:
     for start in range(0, len(source), WINDOWS_A_COPY):
-        target.write(start, source.read(start, min(start + WINDOWS_A_COPY, len(source))))
+        stop = min(start + WINDOWS_A_COPY, len(source))
+        target.write(start, source.read(start, stop))
+        source.gate.passed(stop)
 
 
 def _whole(file, part: Activations) -> bool:

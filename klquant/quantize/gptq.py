@@ -32,8 +32,8 @@ class GPTQResult:
 
 @dataclass(frozen=True)
 class Ordered:
-    """How columns are rounded against Hessians: their order [E, K], falling by the diagonal; the factor [E, K, K] of the
-    damped Hessian so ordered that `sweep` needs; and the damping used [E]. E = 1: shared."""
+    """How columns are rounded against Hessians: their order [E, K], falling by the diagonal; the factor [E, K, K] that
+    `sweep` needs, of the damped Hessian so ordered; and the damping used [E]. E = 1: shared."""
 
     order: Tensor
     factor: Tensor

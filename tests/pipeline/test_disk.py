@@ -51,7 +51,7 @@ def test_files_that_cannot_grow(model, tmp_path, limit, nbytes, match, whole_dig
     assert digests(out) == whole_digests
 
 
-@pytest.mark.parametrize(("share", "file"), [(0.3, r"quantized-002\.bin\.half"), (0, r"quantized\.work")])
+@pytest.mark.parametrize(("share", "file"), [(0.3, r"reference-002\.bin\.half"), (0, r"quantized\.work")])
 def test_streams_need_room(model, tmp_path, limit, monkeypatch, share, file):
     """Each stream takes 256 tokens × 64 values × 4 bytes."""
     monkeypatch.setattr("klquant.pipeline.streams.MEMORY_SHARE", share)
