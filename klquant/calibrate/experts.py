@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from klquant.calibrate import folding
 from klquant.calibrate.fit import with_prior
+from klquant.calibrate.footprint import Footprint
 from klquant.calibrate.paths import get, put
 from klquant.calibrate.rescale import rescale
 from klquant.calibrate.routes import Routes, add_moments, hidden
@@ -76,9 +78,10 @@ def _share(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
 
     @torch.no_grad()
     def work(device: torch.device, share: list[slice]) -> LayerWalk:
-        other = walk.on(device)
-        _quantize_blocks(other, share, inputs.to(device))
-        return other
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            other = walk.on(device)
+            _quantize_blocks(other, share, inputs.to(device))
+            return other
 
     with ThreadPoolExecutor(len(shares) - 1) as pool:
         jobs = [pool.submit(work, d, share) for d, share in zip(devices[1:], shares[1:], strict=False)]
@@ -99,7 +102,7 @@ def _merge(walk: LayerWalk, other: LayerWalk, experts: slice) -> None:
 
 def _quantize_blocks(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
     """Quantize blocks of experts in turn, the moments of as many at once as memory allows."""
-    todo, size = deque(blocks), walk.settings.expert_blocks or _blocks_that_fit(walk)
+    todo, size = deque(blocks), walk.settings.expert_blocks or _blocks_that_fit(walk, len(blocks))
     while todo:
         try:
             _quantize_chunk(walk, todo, min(size, len(todo)), inputs)
@@ -116,16 +119,15 @@ def _quantize_blocks(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> No
             torch.cuda.empty_cache()
 
 
-def _blocks_that_fit(walk: LayerWalk) -> int:
-    """How many blocks' moments fit, beside what fitting one block and working on one batch take (estimates)."""
-    config, size = walk.config, walk.settings.dtype.itemsize
-    c, i = config.hidden_size, config.moe_intermediate_size
-    sums = 4 * (1 if walk.streams.reference is None else 2)
+def _blocks_that_fit(walk: LayerWalk, blocks: int) -> int:
+    """Of how many of the `blocks` the moments fit, in chunks of about equal size."""
     tokens = walk.settings.batch * walk.streams.quantized.shape[1]
-    fitting = BLOCK * 4 * (7 * c * c + 2 * 12 * c * i)
-    batch = tokens * size * (6 * c + 2 * config.top_k * i)
-    free = free_memory(walk.settings.device) - fitting - batch
-    return max(1, free // (BLOCK * sums * max(c * c, 2 * i * i)))
+    need = Footprint.of(
+        walk.config, tokens, walk.settings.dtype.itemsize, BLOCK, corrects=walk.streams.reference is not None
+    )
+    fit = max(1, (free_memory(walk.settings.device) - need.codes - need.working) // need.block)
+    chunks = -(-blocks // fit)
+    return -(-blocks // chunks)
 
 
 def _quantize_chunk(walk: LayerWalk, todo: deque[slice], size: int, inputs: Inputs) -> None:

@@ -207,6 +207,7 @@ class LayerWalk:
             if (decision := self.decision(path)).spec is not None:
                 jobs.setdefault((decision.spec, decision.algorithm), []).append(path)
         for same in jobs.values():
+            self.progress(f"fitting {', '.join(path.rpartition('.')[2] for path in same)}", 1.0)
             parts = [get(self.exact, path)[experts] if is_stack(path) else get(self.exact, path)[None] for path in same]
             sizes = [w.shape[-2] for w in parts]
             fits = fit_weight(torch.cat(parts, dim=-2), self.decision(same[0]), moments, self.recipe, sizes, metric_NN)

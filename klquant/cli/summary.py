@@ -12,7 +12,7 @@ from klquant.cli.render import count, decimal
 from klquant.cli.spell import duration, percent, place, some
 from klquant.core.memory import free_memory
 from klquant.pipeline.report import Traffic
-from klquant.pipeline.run import RunOptions, pick_device
+from klquant.pipeline.run import RunOptions, pick_devices
 from klquant.recipe.plan import Plan
 from klquant.recipe.schema import CalibrationParams
 
@@ -108,10 +108,11 @@ def _calibration(plan: Plan, options: RunOptions) -> str:
 
 
 def _device(plan: Plan, options: RunOptions) -> Text:
-    device = pick_device(options.device)
+    device, *others = pick_devices(options.device)
     free = f"{decimal(free_memory(device))} free"
     if device.type == "cuda":
-        return Text.assemble((options.device, "bold"), f"  {torch.cuda.get_device_name(device)}, {free}")
+        each = " each" if others else ""
+        return Text.assemble((options.device, "bold"), f"  {torch.cuda.get_device_name(device)}, {free}{each}")
     threads = torch.get_num_threads()
     text = Text.assemble(("CPU", "bold"), f"  {threads} thread{'s' * (threads > 1)}, {free}")
     weights = plan.part().weights

@@ -22,6 +22,11 @@ def free_memory(device: torch.device | None = None) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device's memory."""
+    return torch.cuda.mem_get_info(device)[1]
+
+
 def pin(tensor: Tensor) -> bool:
     """Lock a CPU tensor's memory for a GPU's copies, until `unpin`; whether the system let it.
 

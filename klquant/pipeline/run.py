@@ -23,14 +23,17 @@ from klquant.checkpoint.writer import (
     write_json,
     write_safetensors,
 )
+from klquant.core.memory import free_memory
 from klquant.errors import UserError
 from klquant.pipeline.ahead import Ahead
 from klquant.pipeline.behind import Behind
 from klquant.pipeline.journal import PROVENANCE, Journal, Purpose
+from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices
 from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
 from klquant.pipeline.streams import StreamStore
 from klquant.pipeline.text import Text, draw_text, keep_text
-from klquant.pipeline.units import UnitResult, Units, names_read, units_of
+from klquant.pipeline.units import Progress, UnitResult, Units, names_read, units_of
+from klquant.recipe.decision import Decision
 from klquant.recipe.plan import Plan
 
 SHARD_BYTES = 5_000_000_000
@@ -49,6 +52,7 @@ class RunOptions:
     device: str = "cpu"
     resume: bool = False
     shard_bytes: int = SHARD_BYTES
+    limits: Limits = NO_LIMITS
 
 
 def quantize(
@@ -70,6 +74,7 @@ def quantize(
             batch=max(1, BATCH_TOKENS[device.type] // plan.recipe.calibration.window),
             others=tuple(others),
         )
+        limit_devices(settings, options.limits)
         purpose = Purpose(
             klquant.__version__, torch.__version__, reader.fingerprint(), plan.digest(),
             before and before["calibration"], device.type, options.shard_bytes,
@@ -91,7 +96,7 @@ def quantize(
         for note in text.calibration.notes if text else ():
             watcher.note(note)
         shards = plan_shards(layer_units(plan.stored_sizes()), options.shard_bytes)
-        _work(reader, plan, settings, journal, shards, text and text.calibration.ids, watcher)
+        _work(reader, plan, settings, journal, shards, text and text.calibration.ids, options.limits, watcher)
         return _finish(reader, plan, journal, shards, text)
 
 
@@ -130,7 +135,7 @@ def pick_device(name: str) -> torch.device:
 
 def _work(
     reader: CheckpointReader, plan: Plan, settings: WalkSettings, journal: Journal, shards: list[Shard],
-    ids_WS: Tensor | None, watcher: Watcher,
+    ids_WS: Tensor | None, limits: Limits, watcher: Watcher,
 ) -> None:  # fmt: skip
     """Do the units that are not done yet. While one is at work, the next is read and the one before written."""
     jobs, done = list(units_of(plan).items()), journal.done
@@ -140,19 +145,12 @@ def _work(
     with Ahead(reader, reads, settings.device) as ahead, Behind() as behind:
         units, store = Units(reader, ahead, plan, settings), None
         for number, (name, decisions) in enumerate(jobs[done:], done):
+            if store is None and ids_WS is not None and number > 0:
+                store = StreamStore(units, journal, ids_WS, limits)
+                store.load(number)
+                watcher.note(str(store.placement))
             progress = partial(watcher.phase, name)
-            if ids_WS is None or number == 0:
-                result = units.plain(decisions, progress)
-            else:
-                if store is None:
-                    store = StreamStore(units, journal, ids_WS)
-                    store.load(number)
-                    if store.on_disk:
-                        watcher.note("memory is short: activations are kept in files beside the output")
-                if number <= plan.config.num_layers:
-                    result = units.layer(number - 1, decisions, store.streams, progress)
-                else:
-                    result = units.head(decisions, store.streams, progress)
+            result = _compute(units, number, decisions, store, progress)
             _require_sane(result)
             progress("writing", 1.0)
             behind.wait()
@@ -166,6 +164,27 @@ def _work(
         if store is not None:
             store.close()
         watcher.end(Traffic(ahead.nbytes, ahead.waited, written, behind.waited))
+
+
+def _compute(
+    units: Units, number: int, decisions: list[Decision], store: StreamStore | None, progress: Progress
+) -> UnitResult:
+    """The result of a unit; `store` for those that are calibrated."""
+    try:
+        if store is None:
+            return units.plain(decisions, progress)
+        if number <= units.plan.config.num_layers:
+            return units.layer(number - 1, decisions, store.streams, progress)
+        return units.head(decisions, store.streams, progress)
+    except torch.OutOfMemoryError:
+        device = units.settings.device
+        takes = (
+            f"a layer takes about {store.placement.device / 1e9:.1f} GB, " if store and device.type == "cuda" else ""
+        )
+        raise UserError(
+            f"{device}: out of memory; {takes}{free_memory(device) / 1e9:.1f} GB are free or allowed: "
+            "free memory there or raise --max-gpu-memory, then --resume"
+        ) from None
 
 
 def _put_away(

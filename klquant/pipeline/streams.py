@@ -7,14 +7,12 @@ from torch import Tensor
 
 from klquant.calibrate.activations import Activations
 from klquant.calibrate.walk import Streams
-from klquant.core.memory import free_memory
 from klquant.errors import UserError
 from klquant.model.forward import EMBEDDING
 from klquant.pipeline.journal import Journal
+from klquant.pipeline.placement import Limits, place
 from klquant.pipeline.units import Units
 
-# Share of the free memory that the streams may take before they go to files.
-MEMORY_SHARE = 0.3
 WINDOWS_A_COPY = 16
 
 
@@ -24,17 +22,17 @@ class StreamStore:
     A layer changes them in place; `save` puts a copy on the disk, from which a resumed run goes on with the same bytes.
     """
 
-    def __init__(self, units: Units, journal: Journal, ids_WS: Tensor) -> None:
+    def __init__(self, units: Units, journal: Journal, ids_WS: Tensor, limits: Limits) -> None:
+        """Raises UserError when a layer does not fit the memory: see `place`."""
         self.journal, self.ids = journal, ids_WS
         self.units = units
         corrects = units.plan.recipe.gptq.correction and any(d.algorithm == "gptq" for d in units.plan.decisions)
         names = ["quantized", "reference"] if corrects else ["quantized"]
         width, dtype = units.reader.config.hidden_size, units.settings.dtype
-        size = len(names) * ids_WS.numel() * width * dtype.itemsize
-        self.on_disk = size > MEMORY_SHARE * free_memory()
+        self.placement = place(units.reader.config, units.settings, *ids_WS.shape, len(names), limits)
         self.parts: dict[str, Activations] = {}
         for name in names:
-            path = journal.state / f"{name}.work" if self.on_disk else None
+            path = journal.state / f"{name}.work" if self.placement.in_files else None
             pinned = units.settings.device.type == "cuda"
             self.parts[name] = Activations(*ids_WS.shape, width, dtype, path, pinned=pinned)
 

@@ -58,8 +58,8 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class Units:
-    """Works on the units of one plan, in turn. `settings` says where; `reader` is the BF16 checkpoint, `ahead` reads what
-    the next unit asks for (`names_read`)."""
+    """Works on the units of one plan, in turn. `settings` says where; `reader` is the BF16 checkpoint, and `ahead` has
+    read what a unit asks for (`names_read`)."""
 
     reader: CheckpointReader
     ahead: Ahead

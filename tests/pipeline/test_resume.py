@@ -207,7 +207,7 @@ def test_sampled_text_is_kept(tmp_path):
 
 
 def test_streams_in_files_give_the_same_bytes(model, tmp_path, monkeypatch, whole_digests):
-    monkeypatch.setattr("klquant.pipeline.streams.MEMORY_SHARE", 0)
+    monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
     with pytest.raises(Stopped):
         run(model, tmp_path / "out", watcher=Stop("layer 1", "MLP"))
     assert (unfinished(tmp_path / "out") / ".state" / "quantized.work").exists()

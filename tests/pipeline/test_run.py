@@ -137,12 +137,12 @@ def blocks_of_two(monkeypatch):
 
 def test_memory_decides_nothing_but_speed(model, tmp_path, monkeypatch, in_blocks, blocks_of_two):
     """One block's moments at once, streams in files."""
-    monkeypatch.setattr("klquant.pipeline.streams.MEMORY_SHARE", 0)
+    monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
     monkeypatch.setattr(experts, "free_memory", lambda device: 1)
     log = Log()
     run(model, tmp_path / "out", in_blocks[0], watcher=log)
     assert ("layer 1", "experts 0–1: w1, w3") in log.phases
-    assert any("activations are kept in files" in note for note in log.notes)
+    assert any("are kept in files beside the output" in note for note in log.notes)
     assert weights(tmp_path / "out") == in_blocks[1]
 
 
