@@ -36,8 +36,8 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Placement:
-    """`in_files`: the streams (`streams` bytes) live in files beside the output. With a GPU: `host`, what the run takes in
-    host memory, and `device`, what it takes at least on each card."""
+    """`in_files`: the streams (`streams` bytes) live in files beside the output. With a GPU: `host`, what the run takes
+    in host memory, and `device`, what it takes at least on each card."""
 
     streams: int
     in_files: bool
