@@ -1,169 +1,223 @@
 """How long one machine takes to quantize Kimi-Linear-48B, without its checkpoint.
 
-    python -m benchmarks.quantize_scale --layers 8
+    python -m benchmarks.quantize_scale FOLDER       # 9 layers at full width, 512 × 2,048 tokens, 24 GiB; 65 GB on disk
 
-First the kernels beside the plain functions at the experts' real shapes (right, then fast), then whole layers of noise
-through the project's own `LayerWalk`: seconds by phase and kind of layer, peak memory, extrapolation to 27 layers.
+Kernels beside the plain functions at the experts' real shapes (right, then fast); then a checkpoint of noise, the first
+layers of the 48B, is written into FOLDER and quantized by the pipeline itself, from files to files: seconds by phase
+and kind of layer, peak memory, bytes, and what follows for 27 layers.
 """
 
 import re
 import resource
+import shutil
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
 
 import click
 import torch
 
-from benchmarks.quantize_kernels import compare
-from benchmarks.synthetic import (
-    kind_of,
-    layer_of,
-    make_config,
-    synthetic_layer,
-    synthetic_metric,
-    synthetic_plan,
-    synthetic_streams,
-)
-from klquant.calibrate.walk import LayerWalk, WalkSettings
-from klquant.pipeline.run import BATCH_TOKENS
+from benchmarks.quantize_kernels import compare, compare_grouped
+from benchmarks.synthetic import kind_of, make_config, noise_text, write_checkpoint
+from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.reader import CheckpointReader
+from klquant.core.memory import free_memory
+from klquant.pipeline.placement import Limits
+from klquant.pipeline.report import Silent, Traffic
+from klquant.pipeline.run import RunOptions, quantize
+from klquant.recipe.plan import Plan, make_plan
+from klquant.recipe.schema import load_recipe
+
+GIB = 1 << 30
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Clock(Silent):
+    """A watcher that adds up seconds by unit and phase; the device is waited for whenever the phase changes."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.traffic: Traffic | None = None
+        self.fallbacks: list[str] = []
+        self._at, self._since = ("", ""), time.perf_counter()
 
-@dataclass
-class Clock:
-    """Seconds spent under each label; the device is waited for whenever the label changes."""
+    def phase(self, unit: str, phase: str, fraction: float) -> None:
+        self._switch((unit, re.sub(r"experts \d+–\d+", "experts", phase)))
 
-    device: torch.device
-    label: str = "other"
-    since: float = field(default_factory=time.perf_counter)
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    def done(self, unit) -> None:
+        self.fallbacks += unit.fallbacks
 
-    def switch(self, label: str) -> None:
-        if label == self.label:
+    def end(self, traffic: Traffic) -> None:
+        self._switch(("", ""))
+        self.traffic = traffic
+
+    def note(self, text: str) -> None:
+        print(f"  {text}", flush=True)
+
+    def _switch(self, at: tuple[str, str]) -> None:
+        if at == self._at:
             return
-        synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        self.seconds[self.label] += now - self.since
-        self.label, self.since = label, now
+        unit, phase = self._at
+        self.seconds[unit][phase] += now - self._since
+        if unit and unit != at[0]:
+            print(f"  {unit}: {sum(self.seconds[unit].values()):.1f} s", flush=True)
+        self._at, self._since = at, now
 
-    @contextmanager
-    def under(self, label: str):
-        before = self.label
-        self.switch(label)
-        yield
-        self.switch(before)
-
-
-class TimedWalk(LayerWalk):
-    """A layer's walk that says what it is doing."""
-
-    clock: Clock
-
-    def fit(self, paths, *rest, **named):
-        with self.clock.under(f"fit {paths[0]}"):
-            super().fit(paths, *rest, **named)
+    def units(self) -> dict[str, float]:
+        """Seconds of each unit, calibration text and what lies between units left out."""
+        return {unit: sum(s.values()) for unit, s in self.seconds.items() if unit not in ("", "calibration")}
 
 
-def walk_layer(config, plan, layer, settings, streams, gen) -> dict[str, float]:
-    """One layer of noise, start to end: seconds by phase."""
-    weights = synthetic_layer(config, layer, settings.dtype, settings.device, gen)
-    synchronize(settings.device)
-    clock = Clock(settings.device)
+class HostPeak:
+    """The most memory of this process that is no file's, sampled while the block runs, in bytes."""
 
-    def progress(phase: str, _: float) -> None:
-        clock.switch(re.sub(r"experts \d+–\d+", "experts", phase))
+    def __enter__(self) -> "HostPeak":
+        self.most, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
 
-    share = plan.recipe.gptq.router_share
-    metric = synthetic_metric(config, share, settings.device, gen) if share else None
-    walk = TimedWalk(config, layer, weights, plan, settings, streams, progress, (metric, metric))
-    walk.clock = clock
-    result = walk.run()
-    clock.switch("end")
-    errors = [r.error for r in result.records.values()]
-    assert len(errors) and all(0 <= e < 1 for e in errors), "a layer's relative errors make no sense"
-    return dict(clock.seconds)
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.1):
+            self.most = max(self.most, anonymous_memory())
+
+
+def anonymous_memory() -> int:
+    """Bytes of host memory of this process beside mapped files; the peak of all where the system does not tell."""
+    try:
+        rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(rows["RssAnon"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def plan_of(reader: CheckpointReader, recipe: str, tokens: int, window: int) -> Plan:
+    chosen = load_recipe(recipe)
+    params = chosen.calibration.model_copy(
+        update={"tokens": tokens, "max_tokens": tokens, "window": window, "min_expert_tokens": 0}
+    )
+    shapes = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
+    return make_plan(chosen.model_copy(update={"calibration": params}), reader.config, shapes)
+
+
+def run(reader: CheckpointReader, recipe: str, out: Path, windows: int, window: int, options: RunOptions) -> "Result":
+    """One run of the pipeline into `out`, which is removed again."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out.with_name(out.name + ".unfinished"), ignore_errors=True)
+    device = torch.device(options.device.partition(",")[0])
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    clock, plan = Clock(device), plan_of(reader, recipe, windows * window, window)
+    text = noise_text(reader.config, windows, window)
+    print(f"{recipe}: {reader.config.num_layers} layers, {windows} × {window} tokens, {options.device}", flush=True)
+    began = time.perf_counter()
+    with HostPeak() as host, patch("klquant.pipeline.run.draw_text", lambda *_: text):
+        provenance = quantize(reader, plan, out, options, clock)
+    return Result(recipe, clock, time.perf_counter() - began, host.most, device, provenance)
+
+
+class Result:
+    """What a run took, and what it wrote."""
+
+    def __init__(self, recipe: str, clock: Clock, seconds: float, host: int, device: torch.device, provenance: dict):
+        self.recipe, self.clock, self.seconds, self.host = recipe, clock, seconds, host
+        self.card = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+        self.hashes = {file: shard["sha256"] for file, shard in provenance["shards"].items()}
+
+    def by_kind(self, config: KimiLinearConfig) -> dict[str, dict[str, float]]:
+        """Mean seconds by phase for each kind of layer, without the first of a kind, which builds kernels."""
+        layers = defaultdict(list)
+        for layer in range(config.num_layers):
+            layers[kind_of(config, layer)].append(self.clock.seconds[f"layer {layer}"])
+        means = {}
+        for kind, runs in layers.items():
+            kept = runs[1:] or runs
+            phases = dict.fromkeys(phase for seconds in kept for phase in seconds)
+            means[kind] = {phase: sum(s.get(phase, 0.0) for s in kept) / len(kept) for phase in phases}
+        return means
+
+    def lines(self, config: KimiLinearConfig, whole: KimiLinearConfig) -> list[str]:
+        traffic, units = self.clock.traffic, self.clock.units()
+        layers = sum(s for unit, s in units.items() if unit.startswith("layer"))
+        each = {kind: sum(phases.values()) for kind, phases in self.by_kind(config).items()}
+        counts = Counter(kind_of(whole, layer) for layer in range(whole.num_layers))
+        slowest = max(each.values())
+        total = sum(n * each.get(kind, slowest) for kind, n in counts.items()) + sum(units.values()) - layers
+        parts = ", ".join(
+            f"{n} × {kind} {each.get(kind, slowest):.2f} s{'' if kind in each else ' (not measured)'}"
+            for kind, n in counts.items()
+        )
+        return [
+            f"{self.recipe}: {self.seconds:.1f} s in all, {layers:.1f} s in {config.num_layers} layers; stood still "
+            f"{traffic.read_wait:.1f} s for reading, {traffic.write_wait:.1f} s for writing",
+            f"  {traffic.read / 1e9:.1f} GB read, {traffic.written / 1e9:.1f} GB written; peaks: "
+            f"{self.card / GIB:.2f} GiB on the card (torch, reserved), {self.host / 1e9:.2f} GB on the host",
+            f"  EXTRAPOLATED to {whole.num_layers} layers: {total:.0f} s = {total / 60:.1f} min ({parts})",
+            *(f"  fallback: {line}" for line in self.clock.fallbacks[:3]),
+        ]
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     phases = list(dict.fromkeys(p for seconds in rows.values() for p in seconds))
-    lines = [f"{'seconds':<24}" + "".join(f"{kind:>12}" for kind in rows)]
-    lines += [f"{p:<24}" + "".join(f"{s.get(p, 0.0):>12.2f}" for s in rows.values()) for p in phases]
-    lines.append(f"{'a layer':<24}" + "".join(f"{sum(s.values()):>12.2f}" for s in rows.values()))
+    lines = [f"{'seconds a layer':<44}" + "".join(f"{kind:>9}" for kind in rows)]
+    lines += [f"{p:<44}" + "".join(f"{s.get(p, 0.0):>9.2f}" for s in rows.values()) for p in phases]
+    lines.append(f"{'all':<44}" + "".join(f"{sum(s.values()):>9.2f}" for s in rows.values()))
     return "\n".join(lines)
 
 
-def host_peak() -> float:
-    """GB the process had in memory at most (page cache not counted)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def extrapolate(config, means: dict[str, dict[str, float]]) -> str:
-    """Seconds for all layers, from the kinds that were measured; an unmeasured kind counts as the slowest measured."""
-    kinds = Counter(kind_of(config, layer) for layer in range(config.num_layers))
-    totals = {kind: sum(seconds.values()) for kind, seconds in means.items()}
-    each = {kind: totals.get(kind, max(totals.values())) for kind in kinds}
-    total = sum(count * each[kind] for kind, count in kinds.items())
-    parts = ", ".join(
-        f"{n} × {kind} at {each[kind]:.1f} s{'' if kind in totals else ' (not measured)'}" for kind, n in kinds.items()
-    )
-    return f"EXTRAPOLATED, not measured: {total:.0f} s = {total / 60:.1f} min for {config.num_layers} layers ({parts})"
-
-
 @click.command(help=__doc__)
-@click.option("--layers", default=8, show_default=True, help="Layers to walk; 0: kernels only.")
-@click.option("--kinds", default="kda,kda,kda,mla", show_default=True, help="Kinds taken in turn: kda, mla, dense.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--layers", default=9, show_default=True, help="The first layers of the model; 0: kernels only.")
 @click.option("--windows", default=512, show_default=True)
 @click.option("--window", default=2048, show_default=True, help="Tokens a window.")
-@click.option("--recipe", default="int4", show_default=True)
-@click.option("--batch-tokens", type=int, help="Tokens worked on at once (default: what a run takes).")
-@click.option("--expert-chunk", default=16, show_default=True, help="Experts whose moments are held at once.")
-@click.option("--gpu-memory", type=float, help="Cap on the GPU memory of this process, in GiB.")
+@click.option("--recipes", default="int4,rtn-int4", show_default=True)
+@click.option("--gpu-memory", default=24.0, show_default=True, help="Cap on a card, in GiB, CUDA's own included.")
+@click.option("--cpu-memory", type=float, help="Cap on the host, in GB.")
 @click.option("--kernels/--no-kernels", default=True, show_default=True, help="Compare kernels and plain functions.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--twice", is_flag=True, help="Run the first recipe again and compare the bytes.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="Or several.")
 @click.option("--small", is_flag=True, help="Narrow layers, few experts: to try the benchmark out.")
-def main(layers, kinds, windows, window, recipe, batch_tokens, expert_chunk, gpu_memory, kernels, device, small):
-    device = torch.device(device)
-    cuda = device.type == "cuda"
-    if gpu_memory:
-        torch.cuda.set_per_process_memory_fraction(gpu_memory * 2**30 / torch.cuda.mem_get_info()[1])
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}")
-    gen = torch.Generator(device).manual_seed(0)
-    config = make_config(small)
+def main(folder, layers, windows, window, recipes, gpu_memory, cpu_memory, kernels, twice, device, small):
+    first = torch.device(device.partition(",")[0])
+    cuda = first.type == "cuda"
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name(first) if cuda else 'CPU'}, "
+          f"{free_memory() / 1e9:.0f} GB of host memory free", flush=True)  # fmt: skip
+    whole = KimiLinearConfig.from_dict(make_config(None, small), "48b")
     torch.set_grad_enabled(False)
+    summary = []
     if kernels and cuda and not small:
-        for shape in ((config.num_experts, 2048, 2304), (config.num_experts, 2304, 1024)):
+        gen = torch.Generator(first).manual_seed(0)
+        summary += compare_grouped(whole, gen)
+        for shape in ((whole.num_experts, 2048, 2304), (whole.num_experts, 2304, 1024)):
             print(compare(*shape, gen), flush=True)
-    if not layers:
-        return
-    dtype = torch.bfloat16 if cuda else torch.float32
-    settings = WalkSettings(device, dtype, max(1, (batch_tokens or BATCH_TOKENS[device.type]) // window), expert_chunk)
-    plan = synthetic_plan(config, recipe)
-    streams = synthetic_streams(config, windows, window, dtype, device, gen)
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    print(f"{layers} layers, {recipe}, {windows} × {window} tokens, {expert_chunk} experts at once", flush=True)
-    cycle, seconds = kinds.split(","), defaultdict(list)
-    for i in range(layers):
-        kind = cycle[i % len(cycle)]
-        seconds[kind].append(walk_layer(config, plan, layer_of(config, kind), settings, streams, gen))
-        print(f"  {kind}: {sum(seconds[kind][-1].values()):.2f} s", flush=True)
-    # The first layer of a kind builds kernels: it stands for the others only when it is alone.
-    means = {}
-    for kind, runs in seconds.items():
-        kept = runs[1:] or runs
-        means[kind] = {phase: sum(r.get(phase, 0.0) for r in kept) / len(kept) for phase in kept[0]}
-    print(table(means))
-    peak = f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB reserved by torch on the GPU, " if cuda else ""
-    print(f"peaks: {peak}{host_peak():.1f} GB on the host; no file was read or written")
-    print(extrapolate(config, means))
+    if layers:
+        raw, began = make_config(layers, small), time.perf_counter()
+        nbytes = write_checkpoint(folder / f"model-{layers}", raw, first)
+        print(f"checkpoint of {nbytes / 1e9:.1f} GB made in {time.perf_counter() - began:.0f} s", flush=True)
+        reader = CheckpointReader.open(folder / f"model-{layers}")
+        limits = Limits(gpu=int(gpu_memory * GIB), cpu=None if cpu_memory is None else int(cpu_memory * 1e9))
+        options, names = RunOptions(device=device, limits=limits), recipes.split(",")
+        hashes = {}
+        for recipe in names + names[:1] * twice:
+            result = run(reader, recipe, folder / "out", windows, window, options)
+            print(table(result.by_kind(reader.config)), flush=True)
+            summary += result.lines(reader.config, whole)
+            if recipe in hashes:
+                summary.append(f"{recipe}, twice: {'equal' if hashes[recipe] == result.hashes else 'DIFFERENT'} bytes")
+            hashes[recipe] = result.hashes
+        shutil.rmtree(folder / "out", ignore_errors=True)
+    print("\nsummary", *summary, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,61 @@
 """The residual stream of all calibration windows between two layers, in memory or in a file."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Condition
 
 import torch
 from torch import Tensor
 
+from klquant.core.memory import pin, unpin
 from klquant.errors import UserError
+
+
+class Gate:
+    """Keeps what changes windows behind what copies them, window by window."""
+
+    def __init__(self) -> None:
+        self._moved = Condition()
+        self._passed = float("inf")
+
+    def close(self) -> None:
+        """A copy is to be made: nothing may be changed yet."""
+        self.passed(0)
+
+    def passed(self, windows: float) -> None:
+        """The first `windows` may be changed."""
+        with self._moved:
+            self._passed = windows
+            self._moved.notify_all()
+
+    def open(self) -> None:
+        self.passed(float("inf"))
+
+    def wait(self, windows: int) -> None:
+        """Until the first `windows` may be changed."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._passed >= windows)
 
 
 class Activations:
     """Windows [W, S, C] of one dtype, read and written in slices of whole windows.
 
     With `path` the data lives in a plain file and only the slice in use is in memory; the page cache keeps what fits.
+    Without, `pinned` locks the memory, if the system allows it, so that a GPU copies from and to it at full speed.
     """
 
-    def __init__(self, windows: int, length: int, width: int, dtype: torch.dtype, path: Path | None = None) -> None:
+    def __init__(
+        self, windows: int, length: int, width: int, dtype: torch.dtype, path: Path | None = None, *,
+        pinned: bool = False,
+    ) -> None:  # fmt: skip
         self.shape = (windows, length, width)
         self.dtype = dtype
         self.path = path
+        self.gate = Gate()
         self._row = length * width * dtype.itemsize
         self._data = None if path else torch.empty(self.shape, dtype=dtype)
+        self._pinned = self._data is not None and pinned and pin(self._data)
         self._fd = -1
         if path:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -56,9 +91,10 @@ class Activations:
         return out
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store `values` [n, S, C] from window `start` on."""
+        """Store `values` [n, S, C] from window `start` on, as soon as the gate lets it."""
+        self.gate.wait(start + values.shape[0])
         if self._data is not None:
-            self._data[start : start + values.shape[0]] = values.to(self.dtype).cpu()
+            self._data[start : start + values.shape[0]].copy_(values)
             return
         flat = values.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         buffer = memoryview(flat).cast("B")
@@ -77,4 +113,39 @@ class Activations:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._pinned:
+            unpin(self._data)
+            self._pinned = False
         self._data = None
+
+
+def feed(
+    sources: list[Activations | None], size: int, device: torch.device
+) -> Iterator[tuple[int, list[Tensor | None]]]:
+    """First window and slices of `size` windows of each source, on the device.
+
+    While one slice is worked on, the next is on its way to a GPU: write no window that was not handed out yet.
+    """
+    total = len(next(source for source in sources if source is not None))
+
+    def fetch(start: int) -> list[Tensor | None]:
+        stop = min(start + size, total)
+        return [None if s is None else s.read(start, stop).to(device, non_blocking=True) for s in sources]
+
+    if device.type != "cuda":
+        for start in range(0, total, size):
+            yield start, fetch(start)
+        return
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        coming = fetch(0)
+    for start in range(0, total, size):
+        here, slices = torch.cuda.current_stream(device), coming
+        here.wait_stream(side)
+        for x in slices:
+            if x is not None:
+                x.record_stream(here)
+        if start + size < total:
+            with torch.cuda.stream(side):
+                coming = fetch(start + size)
+        yield start, slices

@@ -3,10 +3,16 @@
 An expert's moments are its own, shrunk toward a layer-wide prior, so that a rarely routed expert neither loses its
 routing nor starves. For w1 and w3 the prior is the moments of all tokens; for w2, whose inputs are the expert's own
 hidden units, it is a sample of the layer's tokens pushed through that expert.
+
+Experts are fitted in blocks of fixed size and their moments are each their own, so the result depends neither on how
+many blocks' moments memory holds at once nor on how many devices share the blocks.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,112 +21,185 @@ from torch import Tensor
 
 from klquant.calibrate import folding
 from klquant.calibrate.fit import with_prior
+from klquant.calibrate.footprint import Footprint
 from klquant.calibrate.paths import get, put
 from klquant.calibrate.rescale import rescale
-from klquant.model.moe import activate, route
-from klquant.model.weights import MLPWeights, MoEWeights
+from klquant.calibrate.routes import Routes, add_moments, hidden
+from klquant.core.memory import free_memory
+from klquant.model.moe import route
 from klquant.quantize.hessian import Moments
 
 if TYPE_CHECKING:
     from klquant.calibrate.walk import LayerWalk
 
 PRIOR_TOKENS = 2048
+# Experts fitted as one batch. Fixed, because a batched product's last bits may depend on the size of the batch.
+BLOCK = 16
+STACKS = ("mlp.w1", "mlp.w3", "mlp.w2")
 
 
 @dataclass(frozen=True)
-class Routing:
-    """Where the router sends every calibration token: experts [T, R] and weights [T, R], in stream order."""
+class Inputs:
+    """What the experts of a layer see: routes of every batch, an even sample [P, C] of the MLP's inputs (undisturbed
+    ones beside it), and the mean moments of all inputs."""
 
-    expert: Tensor
-    weight: Tensor
+    routes: list[Routes]
+    sample: Tensor
+    sample_star: Tensor | None
+    layer_wide: Moments | None
 
-    def rows(self, start: int, stop: int, expert: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Among tokens [start, stop): positions (from start) of those sent to `expert`, and their weights."""
-        hit = self.expert[start:stop] == expert
-        where = hit.any(-1).nonzero().squeeze(-1)
-        weight = (self.weight[start:stop] * hit).sum(-1)[where]
-        return where.to(device), weight.to(device)
+    def to(self, device: torch.device) -> Inputs:
+        star = None if self.sample_star is None else self.sample_star.to(device)
+        wide = None if self.layer_wide is None else self.layer_wide.to(device)
+        return Inputs([r.to(device) for r in self.routes], self.sample.to(device), star, wide)
 
 
 def quantize_experts(walk: LayerWalk, layer_wide: Moments | None) -> None:
     """Quantize every routed expert of the layer; `layer_wide` are the mean moments of the MLP's inputs."""
-    total, tau = walk.config.num_experts, walk.recipe.gptq.shrink_tokens
-    routing, sample = _route_all(walk)
-    walk.result.expert_tokens = torch.bincount(routing.expert.flatten(), minlength=total).tolist()
-    if all(walk.decision(path).spec is None for path in ("mlp.w1", "mlp.w3", "mlp.w2")):
+    total = walk.config.num_experts
+    inputs = _route_all(walk, layer_wide)
+    counts = torch.tensor([r.bounds for r in inputs.routes]).diff(dim=-1).sum(0)
+    walk.result.expert_tokens = counts.tolist()
+    if all(walk.decision(path).spec is None for path in STACKS):
         return
-    for path in ("mlp.w1", "mlp.w3", "mlp.w2"):  # from here on `now` is filled expert by expert, in place
+    for path in STACKS:  # from here on `now` is filled block by block, in place
         walk.now = put(walk.now, path, get(walk.exact, path).clone())
-    for first in range(0, total, walk.settings.expert_chunk):
-        part = slice(first, min(first + walk.settings.expert_chunk, total))
-        own = _input_moments(walk, routing, part)
-        walk.fit(("mlp.w1", "mlp.w3"), with_prior(own, layer_wide, tau), part)
-        own, prior = _hidden_moments(walk, routing, part, sample)
-        moments, _ = rescale(walk, folding.EXPERT_OUTPUT, with_prior(own, prior.mean(), tau), part)
-        walk.fit(("mlp.w2",), moments, part, walk.metrics[1])
+    blocks = [slice(first, min(first + BLOCK, total)) for first in range(0, total, BLOCK)]
+    _share(walk, blocks, inputs)
 
 
-def _route_all(walk: LayerWalk) -> tuple[Routing, tuple[Tensor, Tensor | None]]:
-    """Route every token; also an even sample of the MLP's inputs [P, C], undisturbed ones beside it."""
-    experts, weights, sample, sample_star = [], [], [], []
+def _share(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
+    """Divide the blocks among the devices, a thread each, and bring the results together in `walk`."""
+    devices = walk.settings.devices[: len(blocks)]
+    each = -(-len(blocks) // len(devices))
+    shares = [blocks[i : i + each] for i in range(0, len(blocks), each)]
+    if len(shares) == 1:
+        return _quantize_blocks(walk, blocks, inputs)
+
+    @torch.no_grad()
+    def work(device: torch.device, share: list[slice]) -> LayerWalk:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            other = walk.on(device)
+            _quantize_blocks(other, share, inputs.to(device))
+            return other
+
+    with ThreadPoolExecutor(len(shares) - 1) as pool:
+        jobs = [pool.submit(work, d, share) for d, share in zip(devices[1:], shares[1:], strict=False)]
+        _quantize_blocks(walk, shares[0], inputs)
+        for job, share in zip(jobs, shares[1:], strict=True):
+            _merge(walk, job.result(), slice(share[0].start, share[-1].stop))
+
+
+def _merge(walk: LayerWalk, other: LayerWalk, experts: slice) -> None:
+    """Take over what another device's walk has made of some experts."""
+    for path in STACKS:
+        for mine, theirs in ((walk.exact, other.exact), (walk.now, other.now)):
+            get(mine, path)[experts] = get(theirs, path)[experts].to(walk.settings.device)
+    walk.result.quantized |= other.result.quantized
+    walk.result.records |= other.result.records
+    walk.result.fallbacks += other.result.fallbacks
+
+
+def _quantize_blocks(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
+    """Quantize blocks of experts in turn, the moments of as many at once as memory allows."""
+    todo, size = deque(blocks), walk.settings.expert_blocks or _blocks_that_fit(walk, len(blocks))
+    while todo:
+        try:
+            _quantize_chunk(walk, todo, min(size, len(todo)), inputs)
+            continue
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # Only here, behind the handler, has the exception let go of what it held.
+        size = min(size, len(todo)) // 2 or 1
+        walk.result.fallbacks.append(
+            f"{walk.settings.device}: out of memory: moments of {size * BLOCK} experts at once"
+        )
+        if walk.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _blocks_that_fit(walk: LayerWalk, blocks: int) -> int:
+    """Of how many of the `blocks` the moments fit, in chunks of about equal size."""
+    tokens = walk.settings.batch * walk.streams.quantized.shape[1]
+    need = Footprint.of(
+        walk.config, tokens, walk.settings.dtype.itemsize, BLOCK, corrects=walk.streams.reference is not None
+    )
+    fit = max(1, (free_memory(walk.settings.device) - need.codes - need.working) // need.block)
+    chunks = -(-blocks // fit)
+    return -(-blocks // chunks)
+
+
+def _quantize_chunk(walk: LayerWalk, todo: deque[slice], size: int, inputs: Inputs) -> None:
+    """Quantize the first `size` blocks of `todo` and remove each from it when it is done."""
+    chunk, tau = [todo[i] for i in range(size)], walk.recipe.gptq.shrink_tokens
+    first = chunk[0].start
+    experts = slice(first, chunk[-1].stop)
+    inside = [slice(block.start - first, block.stop - first) for block in chunk]
+
+    own = _input_moments(walk, inputs, experts)
+    for block, at in zip(chunk, inside, strict=True):
+        walk.fit(("mlp.w1", "mlp.w3"), with_prior(own.part(at), inputs.layer_wide, tau), block)
+    del own
+    own, prior = _hidden_moments(walk, inputs, experts)
+    for block, at in zip(chunk, inside, strict=True):
+        before = walk.exact, walk.now, dict(walk.result.quantized)
+        try:
+            moments = with_prior(own.part(at), prior.part(at).mean(), tau)
+            moments, _ = rescale(walk, folding.EXPERT_OUTPUT, moments, block)
+            walk.fit(("mlp.w2",), moments, block, walk.metrics[1])
+        except torch.OutOfMemoryError:
+            # The block is begun again from w1: a scale must not be folded twice.
+            walk.exact, walk.now, walk.result.quantized = before
+            raise
+        todo.popleft()
+
+
+def _route_all(walk: LayerWalk, layer_wide: Moments | None) -> Inputs:
+    """Route every token; also an even sample of the MLP's inputs."""
+    routes, sample, sample_star = [], [], []
     windows, length, _ = walk.streams.quantized.shape
     stride = max(1, windows * length // PRIOR_TOKENS)
     for start, h, reference in walk.batches("routing"):
         x = walk.norm(h, walk.now.post_norm).flatten(0, 1)
-        weight, expert = route(walk.config, walk.now.mlp, x)
-        experts.append(expert.cpu())
-        weights.append(weight.cpu())
+        routes.append(Routes.sort(*route(walk.config, walk.now.mlp, x), walk.config.num_experts))
         pick = slice(-(start * length) % stride, None, stride)
         sample.append(x[pick])
         if reference is not None:
             sample_star.append(walk.norm(reference, walk.exact.post_norm).flatten(0, 1)[pick])
-    return Routing(torch.cat(experts), torch.cat(weights)), (
-        torch.cat(sample), torch.cat(sample_star) if sample_star else None,
-    )  # fmt: skip
+    return Inputs(routes, torch.cat(sample), torch.cat(sample_star) if sample_star else None, layer_wide)
 
 
-def _routed(walk: LayerWalk, routing: Routing, part: slice, phase: str):
-    """Yield (index in part, inputs [t, C], undisturbed inputs or None, token weights or None), batch by batch."""
-    length = walk.streams.quantized.shape[1]
-    gate = walk.recipe.gptq.weighting == "gate"
-    for start, h, reference in walk.batches(phase):
+def _routed(walk: LayerWalk, inputs: Inputs, experts: slice, phase: str):
+    """Yield inputs [T, C], undisturbed inputs or None, and routes to `experts`, batch by batch."""
+    phase = f"experts {experts.start}–{experts.stop - 1}: {phase}"
+    for (_, h, reference), routes in zip(walk.batches(phase), inputs.routes, strict=True):
         x = walk.norm(h, walk.now.post_norm).flatten(0, 1)
-        x_star = None if reference is None else walk.norm(reference, walk.exact.post_norm).flatten(0, 1)
-        first = start * length
-        for e in range(part.start, part.stop):
-            rows, weight = routing.rows(first, first + x.shape[0], e, x.device)
-            if rows.numel():
-                star = None if x_star is None else x_star[rows]
-                # The router's weight scales the expert's output, so its square weighs the squared error.
-                yield e - part.start, x[rows], star, weight.square() if gate else None
+        star = None if reference is None else walk.norm(reference, walk.exact.post_norm).flatten(0, 1)
+        yield x, star, routes.part(experts)
 
 
-def _input_moments(walk: LayerWalk, routing: Routing, part: slice) -> Moments:
-    moments = walk.moments(walk.config.hidden_size, part.stop - part.start)
-    for e, x, star, weight in _routed(walk, routing, part, f"experts {part.start}–{part.stop - 1}: w1, w3"):
-        moments.add(x, reference_TK=star, weight_T=weight, at=e)
+def _input_moments(walk: LayerWalk, inputs: Inputs, experts: slice) -> Moments:
+    moments = walk.moments(walk.config.hidden_size, experts.stop - experts.start)
+    weighted = walk.recipe.gptq.weighting == "gate"
+    for x, star, routes in _routed(walk, inputs, experts, "w1, w3"):
+        add_moments(moments, x, routes, star, gathered=False, weighted=weighted)
     return moments
 
 
-def _hidden_moments(
-    walk: LayerWalk, routing: Routing, part: slice, sample: tuple[Tensor, Tensor | None]
-) -> tuple[Moments, Moments]:
+def _hidden_moments(walk: LayerWalk, inputs: Inputs, experts: slice) -> tuple[Moments, Moments]:
     """Moments of w2's inputs: of the routed tokens, and of the layer's sample."""
-    now, exact, count = walk.now.mlp, walk.exact.mlp, part.stop - part.start
+    count = experts.stop - experts.start
     own, prior = (walk.moments(walk.config.moe_intermediate_size, count) for _ in range(2))
 
-    def add(moments: Moments, e: int, x: Tensor, star: Tensor | None, weight: Tensor | None) -> None:
-        i = part.start + e
-        hidden = _hidden(now, i, x)
-        hidden_star = None if star is None else _hidden(exact, i, star)
-        moments.add(hidden, reference_TK=hidden_star, weight_T=weight, at=e)
+    def add(moments: Moments, x: Tensor, star: Tensor | None, routes: Routes, weighted: bool) -> None:
+        now = hidden(walk.now.mlp, experts, x, routes)
+        exact = None if star is None else hidden(walk.exact.mlp, experts, star, routes)
+        add_moments(moments, now, routes, exact, gathered=True, weighted=weighted)
 
-    for e in range(count):
-        add(prior, e, *sample, None)
-    for e, x, star, weight in _routed(walk, routing, part, f"experts {part.start}–{part.stop - 1}: w2"):
-        add(own, e, x, star, weight)
+    each = Routes.all_to_each(len(inputs.sample), count, walk.settings.device)
+    add(prior, inputs.sample, inputs.sample_star, each, False)
+    weighted = walk.recipe.gptq.weighting == "gate"
+    for x, star, routes in _routed(walk, inputs, experts, "w2"):
+        add(own, x, star, routes, weighted)
     return own, prior
-
-
-def _hidden(w: MoEWeights, expert: int, x_TC: Tensor) -> Tensor:
-    return activate(MLPWeights(w.w1[expert], w.w3[expert], w.w2[expert]), x_TC)

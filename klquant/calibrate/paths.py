@@ -1,9 +1,10 @@
 """Fields of LayerWeights by dotted path ("attn.q_proj", "mlp.shared.up_proj", "mlp.w1"), and the tensors behind."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import reduce
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from klquant.model.weights import (
@@ -30,6 +31,14 @@ def put(weights: Node, path: str, value: Tensor) -> Node:
     """A copy of the (nested, frozen) weights with one field replaced."""
     head, _, rest = path.partition(".")
     return replace(weights, **{head: put(getattr(weights, head), rest, value) if rest else value})
+
+
+def move(weights: Node, device: torch.device) -> Node:
+    """The same (nested, frozen) weights on a device."""
+    values = {field.name: getattr(weights, field.name) for field in fields(weights)}
+    return replace(
+        weights, **{k: v.to(device) if isinstance(v, Tensor) else move(v, device) for k, v in values.items()}
+    )
 
 
 def is_stack(path: str) -> bool:

@@ -50,7 +50,7 @@ def _apply(walk: LayerWalk, seam: Seam, scale: Tensor, experts: slice | None) ->
         scale = whole
     walk.exact = fold(walk.config, walk.exact, seam, scale)
     walk.now = fold(walk.config, walk.now, seam, scale)
-    divisor = producer_scale(walk.config, seam, scale).cpu()
+    divisor = producer_scale(walk.config, seam, scale)
     for path in (seam.producer, *seam.consumers):
         if walk.decision(path).spec is None:
             (name,) = tensor_names(walk.exact, path)

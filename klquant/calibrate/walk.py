@@ -8,29 +8,36 @@ Shape suffixes: B = windows in a batch, S = tokens a window, T = tokens (B·S), 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from klquant.calibrate import folding
-from klquant.calibrate.activations import Activations
+from klquant.calibrate.activations import Activations, feed
 from klquant.calibrate.experts import quantize_experts
 from klquant.calibrate.fit import TensorRecord, fit_weight
 from klquant.calibrate.folding import Seam
-from klquant.calibrate.paths import get, is_stack, put, tensor_names
+from klquant.calibrate.paths import get, is_stack, move, put, tensor_names
 from klquant.calibrate.rescale import rescale
+from klquant.calibrate.routes import routed_output
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.core.grid import SCALE_DTYPE, Quantized
+from klquant.core.memory import free_memory
 from klquant.model.kda import kda_mix
 from klquant.model.mla import mla_mix
-from klquant.model.moe import activate, experts, route
+from klquant.model.moe import activate, route
 from klquant.model.norm import rms_norm
 from klquant.model.weights import LayerWeights, MLAWeights, MoEWeights
 from klquant.quantize.hessian import Moments
 from klquant.recipe.decision import Decision
 from klquant.recipe.plan import Plan
+
+# Share of the free memory that the inputs of a layer's last map may take between two passes.
+KEPT_SHARE = 0.25
+# Tokens mixed at once: a KDA mixer's temporaries in FP32 are a hundred times as wide as its inputs.
+MIX_TOKENS = 16384
 
 # A stage of a layer: the inputs [B, S, K] of its last linear map, and the stream [B, S, C] that the output is added to.
 Stage = Callable[[LayerWeights, Tensor], tuple[Tensor, Tensor]]
@@ -38,13 +45,15 @@ Stage = Callable[[LayerWeights, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class LayerResult:
-    """What a layer leaves behind: grids and records by module name, kept tensors that a folding changed by tensor name,
-    and how many calibration tokens the router sent to each expert."""
+    """What a layer leaves behind: grids (where they were made) and records by module name, kept tensors that a folding
+    changed by tensor name, how many calibration tokens the router sent to each expert, and what went otherwise than
+    planned."""
 
     quantized: dict[str, Quantized] = field(default_factory=dict)
     records: dict[str, TensorRecord] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,19 @@ class Streams:
 
 @dataclass(frozen=True)
 class WalkSettings:
-    """Where a layer is worked on. `batch` is in windows; `expert_chunk` experts have their Hessians held at once;
-    `scratch` is where inputs of an output projection are kept, None for memory."""
+    """Where a layer is worked on. `batch` is in windows; of `expert_blocks` blocks of experts the moments are held at
+    once (None: as many as fit); `others` are devices that share the experts with `device`. Results depend on `dtype`,
+    `batch` and the kind of device only."""
 
     device: torch.device
     dtype: torch.dtype
     batch: int
-    expert_chunk: int
-    scratch: Path | None = None
+    expert_blocks: int | None = None
+    others: tuple[torch.device, ...] = ()
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return (self.device, *self.others)
 
 
 class LayerWalk:
@@ -96,6 +110,15 @@ class LayerWalk:
             self._dense()
         return self.result
 
+    def on(self, device: torch.device) -> "LayerWalk":
+        """A walk through the same layer as it is now, on another device and with a result of its own."""
+        other = copy(self)
+        other.settings = replace(self.settings, device=device, others=())
+        other.exact, other.now = move(self.exact, device), move(self.now, device)
+        other.metrics = tuple(None if m is None else m.to(device) for m in self.metrics)
+        other.result, other.progress = LayerResult(), lambda phase, fraction: None
+        return other
+
     def _attention(self) -> None:
         mla = isinstance(self.exact.attn, MLAWeights)
         seam, mix = (folding.MLA_INPUT, mla_mix) if mla else (folding.KDA_INPUT, kda_mix)
@@ -104,7 +127,9 @@ class LayerWalk:
         self.fit(seam.consumers, moments)
 
         def stage(w: LayerWeights, h: Tensor) -> tuple[Tensor, Tensor]:
-            return mix(self.config, w.attn, self.norm(h, w.input_norm)), h
+            parts = h.split(max(1, MIX_TOKENS // h.shape[1]))
+            mixed = [mix(self.config, w.attn, self.norm(part, w.input_norm)) for part in parts]
+            return mixed[0] if len(mixed) == 1 else torch.cat(mixed), h
 
         # Mixing twice costs a GPU less than moving the output back and forth, and a CPU a quarter less memory.
         seam = folding.MLA_OUTPUT if mla else folding.KDA_OUTPUT
@@ -130,7 +155,7 @@ class LayerWalk:
         def stage(w: LayerWeights, h: Tensor) -> tuple[Tensor, Tensor]:
             x = self.norm(h, w.post_norm)
             flat = x.flatten(0, 1)
-            routed = experts(self.config, w.mlp, flat, *route(self.config, w.mlp, flat))
+            routed = routed_output(self.config, w.mlp, flat, *route(self.config, w.mlp, flat))
             return activate(w.mlp.shared, x), h + routed.view_as(h).to(h.dtype)
 
         # The shared expert sees every token and comes last, so it can make up for some of what the experts lost.
@@ -147,14 +172,10 @@ class LayerWalk:
 
     def batches(self, phase: str, *, reference: bool = True) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """First window, quantized stream and reference stream (or None) [B, S, C] of one batch after the other."""
-        streams, size = self.streams, self.settings.batch
-        total = len(streams.quantized)
-        for start in range(0, total, size):
-            self.progress(phase, start / total)
-            stop = min(start + size, total)
-            h = streams.quantized.read(start, stop).to(self.settings.device)
-            both = reference and streams.reference is not None
-            yield start, h, streams.reference.read(start, stop).to(self.settings.device) if both else None
+        sources = [self.streams.quantized, self.streams.reference if reference else None]
+        for start, (h, h_star) in feed(sources, self.settings.batch, self.settings.device):
+            self.progress(phase, start / len(self.streams.quantized))
+            yield start, h, h_star
 
     def moments(self, k: int, *lead: int, n: int = 0) -> Moments:
         """Empty sums for inputs of size `k`, with what target corrections need when they are on."""
@@ -186,6 +207,7 @@ class LayerWalk:
             if (decision := self.decision(path)).spec is not None:
                 jobs.setdefault((decision.spec, decision.algorithm), []).append(path)
         for same in jobs.values():
+            self.progress(f"fitting {', '.join(path.rpartition('.')[2] for path in same)}", 1.0)
             parts = [get(self.exact, path)[experts] if is_stack(path) else get(self.exact, path)[None] for path in same]
             sizes = [w.shape[-2] for w in parts]
             fits = fit_weight(torch.cat(parts, dim=-2), self.decision(same[0]), moments, self.recipe, sizes, metric_NN)
@@ -199,22 +221,22 @@ class LayerWalk:
                     self.now = put(self.now, path, values[0])
                 for e, name in enumerate(names):
                     module = (self.prefix + name).removesuffix(".weight")
-                    self.result.quantized[module] = fit.quantized[e].to("cpu")
+                    self.result.quantized[module] = fit.quantized[e]
                     self.result.records[module] = fit.records[e]
 
     def _output(self, phase: str, seam: Seam, stage: Stage, metric_CC: Tensor | None, *, keep: bool = True) -> None:
         """Quantize the linear map that ends a half layer, the seam's only consumer, and move both streams past it.
 
-        `keep`: store the map's inputs between the two passes rather than compute them again.
+        `keep`: hold the map's inputs on the device between the two passes, where they fit, rather than make them again.
         """
         (path,) = seam.consumers
         w_CK, streams = get(self.exact, path), self.streams
         n, k = w_CK.shape
         wanted = self.decision(path).spec is not None
         moments = self.moments(k, n=n)
-        kept = None
-        if keep:
-            kept = Activations(*streams.quantized.shape[:2], k, self.settings.dtype, self.settings.scratch)
+        tokens = streams.quantized.shape[0] * streams.quantized.shape[1]
+        fits = tokens * k * self.settings.dtype.itemsize < KEPT_SHARE * free_memory(self.settings.device)
+        kept: list[Tensor] | None = [] if keep and fits else None
         for start, h, reference in self.batches(phase):
             x, base = stage(self.now, h)
             x_star = gap = None
@@ -226,7 +248,7 @@ class LayerWalk:
             if wanted:
                 moments.add(x.flatten(0, 1), reference_TK=x_star, missing_TN=gap)
             if kept is not None:
-                kept.write(start, x)
+                kept.append(x)
                 streams.quantized.write(start, base)
         scale = None
         if wanted:
@@ -237,8 +259,6 @@ class LayerWalk:
             if kept is None:
                 x, base = stage(self.now, base)  # made with the scale already folded in
             else:
-                x = kept.read(start, start + base.shape[0]).to(base.device)
+                x = kept.pop(0)
                 x = x if scale is None else x / scale.to(x.dtype)
             streams.quantized.write(start, base + x @ w_CK.T)
-        if kept is not None:
-            kept.close()

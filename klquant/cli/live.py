@@ -13,7 +13,7 @@ from rich.text import Text
 from klquant.cli.pace import Pace, Work
 from klquant.cli.render import decimal
 from klquant.cli.spell import about, duration, percent, place
-from klquant.pipeline.report import UnitDone
+from klquant.pipeline.report import Traffic, UnitDone
 
 HEADER = f"{'unit':<10}{'time':>12}{'error':>11}{'worst':>11}{'memory':>10}  in"
 
@@ -28,6 +28,7 @@ class Lines:
         self.out, self.pace = out, Pace(works)
         self.unit, self.activity, self.fraction = "", "", 0.0
         self.fallbacks = 0
+        self.traffic: Traffic | None = None
         self._errors, self._tensors = 0.0, 0
 
     def __enter__(self) -> "Lines":
@@ -63,6 +64,9 @@ class Lines:
         for fallback in unit.fallbacks[:1]:
             more = f" (and {len(unit.fallbacks) - 1} more)" if len(unit.fallbacks) > 1 else ""
             self._print(Text(f"  fallback: {fallback}{more}", style="yellow"), wrap=True)
+
+    def end(self, traffic: Traffic) -> None:
+        self.traffic = traffic
 
     def note(self, text: str) -> None:
         self._print(Text(f"note: {text}", style="dim"), wrap=True)

@@ -52,7 +52,8 @@ class Pace:
         self.seconds: dict[str, float] = {}
         self.current: str | None = None
         self._left = list(works)
-        self._first = self._started = clock()
+        self._first = self._started = self._ended = clock()
+        self._begins: dict[str, float] = {}
 
     def begin(self, finished: int) -> None:
         """The first `finished` units were done by an earlier run; of their times nothing is known."""
@@ -65,16 +66,19 @@ class Pace:
 
     def enter(self, unit: str) -> None:
         """The unit begins, unless it has begun before."""
-        if unit in self.works and unit != self.current:
-            self.current, self._started = unit, self.clock()
+        if unit in self.works and unit not in self._begins:
+            self.current = unit
+            self._begins[unit] = self._started = self.clock()
 
     def leave(self, unit: str) -> float:
-        """The unit is done; returns the seconds it took."""
+        """The unit is done; returns the seconds it took. Another may have begun: time that both took counts once."""
         self.enter(unit)
-        took = self.clock() - self._started
-        self.seconds[unit] = took
+        now = self.clock()
+        took = now - max(self._begins[unit], self._ended)
+        self.seconds[unit], self._ended = took, now
         self._left.remove(unit)
-        self.current = None
+        if self.current == unit:
+            self.current = None
         return took
 
     @property

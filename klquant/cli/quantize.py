@@ -31,7 +31,12 @@ from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
     show_default=True,
     help="The engine that will load the result.",
 )
-@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option(
+    "--device",
+    "--devices",
+    metavar="cpu|cuda|cuda:N,…",
+    help="Where to compute; several cards share the experts.  [default: cuda, or cpu without a GPU]",
+)
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
 @click.option("--max-shard-size", type=Size(), help="Largest output file.  [default: 5GB]")
 @click.option(
@@ -43,9 +48,12 @@ from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
 @click.option(
     "--window", type=click.IntRange(min=2), metavar="N", help="Tokens in a calibration window.  [default: the recipe's]"
 )
+@click.option("--max-gpu-memory", type=Size(), help="Most memory to use on a card.  [default: what is free]")
+@click.option("--max-cpu-memory", type=Size(), help="Most host memory to use.  [default: what is free]")
 def command(
     model: str, out: Path, recipe: str, calib: tuple[str, ...], target: str, device: str | None, resume: bool,
-    max_shard_size: int | None, calib_tokens: int | None, window: int | None,
+    max_shard_size: int | None, calib_tokens: int | None, window: int | None, max_gpu_memory: int | None,
+    max_cpu_memory: int | None,
 ) -> None:  # fmt: skip
     """Quantize MODEL, a checkpoint folder or a hub id (owner/name), into a new folder.
 
@@ -60,7 +68,8 @@ def command(
 
     from klquant.checkpoint.hub import resolve_model
     from klquant.checkpoint.reader import CheckpointReader
-    from klquant.core.device import pick_device
+    from klquant.core.device import pick_devices
+    from klquant.pipeline.placement import Limits
     from klquant.pipeline.run import SHARD_BYTES, RunOptions, check_model
     from klquant.recipe.plan import make_plan
 
@@ -69,8 +78,9 @@ def command(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         resume=resume,
         shard_bytes=max_shard_size or SHARD_BYTES,
+        limits=Limits(gpu=max_gpu_memory, cpu=max_cpu_memory),
     )
-    pick_device(options.device)
+    pick_devices(options.device)
     reader = CheckpointReader.open(resolve_model(model, weights=True))
     check_model(reader)
     plan = make_plan(chosen, reader.config, {name: (i.dtype, i.shape) for name, i in reader.tensors.items()}, target)
@@ -98,7 +108,7 @@ def _run(model: str, reader, plan, out: Path, options) -> None:
     except KeyboardInterrupt:
         kept = "the same command with --resume goes on" if journal.folder.exists() else "nothing was written"
         raise Failure(f"interrupted: {kept}", 130) from None
-    print_after(screen, model, plan, out, provenance, shown.pace.gone)
+    print_after(screen, model, plan, out, provenance, shown.pace.gone, shown.traffic)
 
 
 def _with_calibration(recipe: Recipe, tokens: int | None, window: int | None) -> Recipe:

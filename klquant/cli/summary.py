@@ -10,8 +10,9 @@ from rich.text import Text
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.render import count, decimal
 from klquant.cli.spell import duration, percent, place, some
-from klquant.core.device import pick_device
+from klquant.core.device import pick_devices
 from klquant.core.memory import free_memory
+from klquant.pipeline.report import Traffic
 from klquant.pipeline.run import RunOptions
 from klquant.recipe.plan import Plan
 from klquant.recipe.schema import CalibrationParams
@@ -42,8 +43,10 @@ def print_before(out: Console, model: str, plan: Plan, path: Path, options: RunO
     out.print()
 
 
-def print_after(out: Console, model: str, plan: Plan, path: Path, provenance: dict, seconds: float) -> None:
-    """What came of it, and what to do next. `provenance` as in klquant.json."""
+def print_after(
+    out: Console, model: str, plan: Plan, path: Path, provenance: dict, seconds: float, traffic: Traffic | None
+) -> None:
+    """What came of it, and what to do next. `provenance` as in klquant.json; `traffic` where units were worked on."""
     size, files = sum(shard["bytes"] for shard in provenance["shards"].values()), len(provenance["shards"])
     plural = "s" * (files > 1)
     rows = [("size", Text.assemble(
@@ -53,6 +56,8 @@ def print_after(out: Console, model: str, plan: Plan, path: Path, provenance: di
     rows += expert_lines(provenance["expert_tokens"], plan.recipe.calibration)
     if fallbacks := provenance["fallbacks"]:
         rows.append(("fallbacks", Text(f"{len(fallbacks):,}: {some(fallbacks, 2)}", "yellow")))
+    if traffic is not None:
+        rows.append(("disk", _disk(traffic, seconds)))
     out.print()
     out.print(Text.assemble(("done", "bold green"), f" in {duration(seconds)}"))
     _print_rows(out, rows)
@@ -104,16 +109,26 @@ def _calibration(plan: Plan, options: RunOptions) -> str:
 
 
 def _device(plan: Plan, options: RunOptions) -> Text:
-    device = pick_device(options.device)
+    device, *others = pick_devices(options.device)
     free = f"{decimal(free_memory(device))} free"
     if device.type == "cuda":
-        return Text.assemble((options.device, "bold"), f"  {torch.cuda.get_device_name(device)}, {free}")
+        each = " each" if others else ""
+        return Text.assemble((options.device, "bold"), f"  {torch.cuda.get_device_name(device)}, {free}{each}")
     threads = torch.get_num_threads()
     text = Text.assemble(("CPU", "bold"), f"  {threads} thread{'s' * (threads > 1)}, {free}")
     weights = plan.part().weights
     if plan.needs_calibration and weights > LARGE:
         text.append(f"; {count(weights)} weights take very long without a GPU", "yellow")
     return text
+
+
+def _disk(traffic: Traffic, seconds: float) -> Text:
+    """What went to and fro, and how long nothing else could go on meanwhile."""
+    share = (traffic.read_wait + traffic.write_wait) / max(seconds, 1e-9)
+    return Text(
+        f"{decimal(traffic.read)} read, {decimal(traffic.written)} written; {duration(traffic.read_wait)} waited for "
+        f"reading and {duration(traffic.write_wait)} for writing, {100 * share:.0f} % of the time"
+    )
 
 
 def _errors(tensors: dict[str, dict]) -> Text:

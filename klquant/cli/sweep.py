@@ -65,7 +65,8 @@ def command(
 
     from klquant.checkpoint.hub import resolve_model
     from klquant.checkpoint.reader import CheckpointReader
-    from klquant.pipeline.run import RunOptions, check_model, pick_device
+    from klquant.core.device import pick_device
+    from klquant.pipeline.run import RunOptions, check_model
     from klquant.recipe.plan import make_plan
 
     where = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -18,3 +18,14 @@ def pick_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N")
     return device
+
+
+def pick_devices(names: str) -> list[torch.device]:
+    """One device or several of a kind, `cuda:0,cuda:1`. Raises UserError when one is not there or comes twice."""
+    devices = [pick_device(name.strip()) for name in names.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise UserError(f"devices {names}: of several kinds; a result depends on the kind of device")
+    cards = [device.index or 0 for device in devices if device.type == "cuda"]
+    if len(set(cards)) < len(cards):
+        raise UserError(f"devices {names}: a card comes twice")
+    return devices

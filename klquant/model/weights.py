@@ -176,7 +176,7 @@ class LayerWeights:
 
         def stack(field: str) -> Tensor:
             name = EXPERT_NAMES[field]
-            return torch.stack([read(field, name.format(e)) for e in range(config.num_experts)]).to(device)
+            return torch.stack([read(field, name.format(e)).to(device) for e in range(config.num_experts)])
 
         config = source.config
         if config.is_mla(layer):

@@ -30,10 +30,7 @@ OTHER_TEXT = "other calibration text"
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a run's bytes depend on. Two runs of equal purpose write the same output.
-
-    `expert_chunk` follows from the memory that was free; a resumed run takes over that of the run it goes on with.
-    """
+    """What a run's bytes depend on. Two runs of equal purpose write the same output."""
 
     klquant: str
     torch: str
@@ -42,7 +39,6 @@ class Purpose:
     calibration: str | None
     device: str
     shard_bytes: int
-    expert_chunk: int
 
 
 # Field → what to say when a resumed run was started with another value.

@@ -17,14 +17,29 @@ class UnitDone:
     fallbacks: list[str]
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of weights read and of shards written, and the seconds that the work stood still for either."""
+
+    read: int
+    read_wait: float
+    written: int
+    write_wait: float
+
+
 class Watcher(Protocol):
-    """Called in order: `begin`, then for each unit `phase` any number of times and `done`; `note` at any time."""
+    """Called in order: `begin`, for each unit `phase` any number of times and `done`, then `end`; `note` at any time.
+
+    `done` comes when the unit is safe on the disk, from another thread, while the next unit is at work.
+    """
 
     def begin(self, units: list[str], finished: int) -> None: ...
 
     def phase(self, unit: str, phase: str, fraction: float) -> None: ...
 
     def done(self, unit: UnitDone) -> None: ...
+
+    def end(self, traffic: Traffic) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -39,6 +54,9 @@ class Silent:
         pass
 
     def done(self, unit: UnitDone) -> None:
+        pass
+
+    def end(self, traffic: Traffic) -> None:
         pass
 
     def note(self, text: str) -> None:

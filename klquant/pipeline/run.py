@@ -23,14 +23,18 @@ from klquant.checkpoint.writer import (
     write_json,
     write_safetensors,
 )
-from klquant.core.device import pick_device
+from klquant.core.device import pick_devices
 from klquant.core.memory import free_memory
 from klquant.errors import UserError
+from klquant.pipeline.ahead import Ahead
+from klquant.pipeline.behind import Behind
 from klquant.pipeline.journal import PROVENANCE, Journal, Purpose
-from klquant.pipeline.report import Silent, UnitDone, Watcher
+from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices
+from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
 from klquant.pipeline.streams import StreamStore
 from klquant.pipeline.text import Text, draw_text, keep_text
-from klquant.pipeline.units import UnitResult, Units, units_of
+from klquant.pipeline.units import Progress, UnitResult, Units, names_read, units_of
+from klquant.recipe.decision import Decision
 from klquant.recipe.plan import Plan
 
 SHARD_BYTES = 5_000_000_000
@@ -42,12 +46,14 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a user may choose beside model, recipe and output. `calib` is a mix or text files (None: the recipe's)."""
+    """What a user may choose beside model, recipe and output. `calib` is a mix or text files (None: the recipe's);
+    `device` may be several, `cuda:0,cuda:1`."""
 
     calib: str | None = None
     device: str = "cpu"
     resume: bool = False
     shard_bytes: int = SHARD_BYTES
+    limits: Limits = NO_LIMITS
 
 
 def quantize(
@@ -62,16 +68,17 @@ def quantize(
     with Journal(out) as journal, torch.no_grad():
         before = journal.find(options.resume)
         check_model(reader)
-        device = pick_device(options.device)
+        device, *others = pick_devices(options.device)
         settings = WalkSettings(
             device=device,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
             batch=max(1, BATCH_TOKENS[device.type] // plan.recipe.calibration.window),
-            expert_chunk=before["expert_chunk"] if before else _expert_chunk(reader, device),
+            others=tuple(others),
         )
+        limit_devices(settings, options.limits)
         purpose = Purpose(
             klquant.__version__, torch.__version__, reader.fingerprint(), plan.digest(),
-            before and before["calibration"], device.type, options.shard_bytes, settings.expert_chunk,
+            before and before["calibration"], device.type, options.shard_bytes,
         )  # fmt: skip
         if before:
             journal.check(purpose)
@@ -90,7 +97,7 @@ def quantize(
         for note in text.calibration.notes if text else ():
             watcher.note(note)
         shards = plan_shards(layer_units(plan.stored_sizes()), options.shard_bytes)
-        _work(Units(reader, plan, settings), journal, shards, text and text.calibration.ids, watcher)
+        _work(reader, plan, settings, journal, shards, text and text.calibration.ids, options.limits, watcher)
         return _finish(reader, plan, journal, shards, text)
 
 
@@ -101,44 +108,75 @@ def check_model(reader: CheckpointReader) -> None:
     reader.check_complete()
 
 
-def _expert_chunk(reader: CheckpointReader, device: torch.device) -> int:
-    """Experts whose moments and working copies are held at once: what fits a third of the free memory, rounded down to
-    a power of two, because a batched product's last bits may depend on the batch."""
-    config = reader.config
-    per_expert = 4 * (6 * config.hidden_size**2 + 16 * config.hidden_size * config.moe_intermediate_size)
-    fits = max(1, free_memory(device) // 3 // per_expert)
-    return min(config.num_experts, 1 << (fits.bit_length() - 1))
-
-
-def _work(units: Units, journal: Journal, shards: list[Shard], ids_WS: Tensor | None, watcher: Watcher) -> None:
-    """Do the units that are not done yet and commit each."""
-    jobs, done = list(units_of(units.plan).items()), journal.done
+def _work(
+    reader: CheckpointReader, plan: Plan, settings: WalkSettings, journal: Journal, shards: list[Shard],
+    ids_WS: Tensor | None, limits: Limits, watcher: Watcher,
+) -> None:  # fmt: skip
+    """Do the units that are not done yet. While one is at work, the next is read and the one before written."""
+    jobs, done = list(units_of(plan).items()), journal.done
     watcher.begin([name for name, _ in jobs], done)
-    store: StreamStore | None = None
-    for number, (name, decisions) in enumerate(jobs[done:], done):
-        progress = partial(watcher.phase, name)
-        if ids_WS is None or number == 0:
-            result = units.plain(decisions, progress)
-        else:
-            if store is None:
-                store = StreamStore(units, journal, ids_WS)
+    reads = [names_read(plan, name, decisions) for name, decisions in jobs[done:]]
+    written = 0
+    with Ahead(reader, reads, settings.device) as ahead, Behind() as behind:
+        units, store = Units(reader, ahead, plan, settings), None
+        for number, (name, decisions) in enumerate(jobs[done:], done):
+            if store is None and ids_WS is not None and number > 0:
+                store = StreamStore(units, journal, ids_WS, limits)
                 store.load(number)
-                if store.on_disk:
-                    watcher.note("memory is short: activations are kept in files beside the output")
-            if number <= units.plan.config.num_layers:
-                result = units.layer(number - 1, decisions, store.streams, progress)
-            else:
-                result = units.head(decisions, store.streams, progress)
-        _require_sane(result)
-        progress("writing", 1.0)
+                watcher.note(str(store.placement))
+            progress = partial(watcher.phase, name)
+            result = _compute(units, number, decisions, store, progress)
+            _require_sane(result)
+            progress("writing", 1.0)
+            behind.wait()
+            leaving = store if number + 1 < len(jobs) else None
+            if leaving is not None:
+                leaving.hold()
+            written += sum(tensor.nbytes for tensor in result.tensors.values())
+            behind.submit(partial(_put_away, journal, number, name, shards, result, leaving, watcher))
+            del result
+        behind.wait()
+        if store is not None:
+            store.close()
+        watcher.end(Traffic(ahead.nbytes, ahead.waited, written, behind.waited))
+
+
+def _compute(
+    units: Units, number: int, decisions: list[Decision], store: StreamStore | None, progress: Progress
+) -> UnitResult:
+    """The result of a unit; `store` for those that are calibrated."""
+    try:
+        if store is None:
+            return units.plain(decisions, progress)
+        if number <= units.plan.config.num_layers:
+            return units.layer(number - 1, decisions, store.streams, progress)
+        return units.head(decisions, store.streams, progress)
+    except torch.OutOfMemoryError:
+        device = units.settings.device
+        takes = (
+            f"a layer takes about {store.placement.device / 1e9:.1f} GB, " if store and device.type == "cuda" else ""
+        )
+        raise UserError(
+            f"{device}: out of memory; {takes}{free_memory(device) / 1e9:.1f} GB are free or allowed: "
+            "free memory there or raise --max-gpu-memory, then --resume"
+        ) from None
+
+
+def _put_away(
+    journal: Journal, number: int, name: str, shards: list[Shard], result: UnitResult, store: StreamStore | None,
+    watcher: Watcher,
+) -> None:  # fmt: skip
+    """Make a unit safe: its shards, then the streams that leave it, then the mark that it is done."""
+    try:
         written = _write(journal.folder, shards, result)
-        if store is not None and number + 1 < len(jobs):
+        if store is not None:
             store.save(number + 1)
-        journal.commit(number, _record(name, result, written))
-        journal.drop_streams(number + 1)
-        watcher.done(_summary(name, result, written))
-    if store is not None:
-        store.close()
+    finally:
+        if store is not None:
+            store.release()
+    journal.commit(number, _record(name, result, written))
+    journal.drop_streams(number + 1)
+    watcher.done(_summary(name, result, written))
 
 
 def _require_sane(result: UnitResult) -> None:
@@ -176,7 +214,7 @@ def _summary(name: str, result: UnitResult, written: list[ShardRecord]) -> UnitD
         mean_error=sum(errors.values()) / len(errors) if errors else None,
         worst_error=errors.get(worst),
         worst_tensor=worst,
-        fallbacks=[f"{module}: {r.fallback}" for module, r in result.records.items() if r.fallback],
+        fallbacks=result.fallbacks + [f"{module}: {r.fallback}" for module, r in result.records.items() if r.fallback],
     )
 
 

@@ -7,14 +7,12 @@ from torch import Tensor
 
 from klquant.calibrate.activations import Activations
 from klquant.calibrate.walk import Streams
-from klquant.core.memory import free_memory
 from klquant.errors import UserError
 from klquant.model.forward import EMBEDDING
 from klquant.pipeline.journal import Journal
+from klquant.pipeline.placement import Limits, place
 from klquant.pipeline.units import Units
 
-# Share of the free memory that the streams may take before they go to files.
-MEMORY_SHARE = 0.3
 WINDOWS_A_COPY = 16
 
 
@@ -24,18 +22,19 @@ class StreamStore:
     A layer changes them in place; `save` puts a copy on the disk, from which a resumed run goes on with the same bytes.
     """
 
-    def __init__(self, units: Units, journal: Journal, ids_WS: Tensor) -> None:
+    def __init__(self, units: Units, journal: Journal, ids_WS: Tensor, limits: Limits) -> None:
+        """Raises UserError when a layer does not fit the memory: see `place`."""
         self.journal, self.ids = journal, ids_WS
         self.units = units
         corrects = units.plan.recipe.gptq.correction and any(d.algorithm == "gptq" for d in units.plan.decisions)
         names = ["quantized", "reference"] if corrects else ["quantized"]
         width, dtype = units.reader.config.hidden_size, units.settings.dtype
-        size = len(names) * ids_WS.numel() * width * dtype.itemsize
-        self.on_disk = size > MEMORY_SHARE * free_memory()
+        self.placement = place(units.reader.config, units.settings, *ids_WS.shape, len(names), limits)
         self.parts: dict[str, Activations] = {}
         for name in names:
-            path = journal.state / f"{name}.work" if self.on_disk else None
-            self.parts[name] = Activations(*ids_WS.shape, width, dtype, path)
+            path = journal.state / f"{name}.work" if self.placement.in_files else None
+            pinned = units.settings.device.type == "cuda"
+            self.parts[name] = Activations(*ids_WS.shape, width, dtype, path, pinned=pinned)
 
     @property
     def streams(self) -> Streams:
@@ -56,9 +55,22 @@ class StreamStore:
             _copy(saved, part)
             saved.close()
 
+    def hold(self) -> None:
+        """Let nobody change the streams before `save` has copied them, or `release` is called."""
+        for part in self.parts.values():
+            part.gate.close()
+
+    def release(self) -> None:
+        for part in self.parts.values():
+            part.gate.open()
+
     def save(self, unit: int) -> None:
-        """Put a copy of what enters `unit` on the disk, whole or not at all."""
-        for name, part in self.parts.items():
+        """Put a copy of what enters `unit` on the disk, whole or not at all.
+
+        May run beside a layer: what it has copied can be changed. The reference stream, which a layer changes first, is
+        copied first.
+        """
+        for name, part in reversed(self.parts.items()):
             file = self.journal.stream(name, unit)
             half = file.with_name(f"{file.name}.half")
             half.unlink(missing_ok=True)
@@ -81,7 +93,9 @@ class StreamStore:
 
 def _copy(source: Activations, target: Activations) -> None:
     for start in range(0, len(source), WINDOWS_A_COPY):
-        target.write(start, source.read(start, min(start + WINDOWS_A_COPY, len(source))))
+        stop = min(start + WINDOWS_A_COPY, len(source))
+        target.write(start, source.read(start, stop))
+        source.gate.passed(stop)
 
 
 def _whole(file, part: Activations) -> bool:

@@ -16,6 +16,7 @@ from klquant.checkpoint.reader import CheckpointReader
 from klquant.model.forward import EMBEDDING, FINAL_NORM, HEAD
 from klquant.model.norm import rms_norm
 from klquant.model.weights import LayerWeights
+from klquant.pipeline.ahead import Ahead
 from klquant.quantize.hessian import Moments
 from klquant.recipe.decision import Decision, stored_tensors
 from klquant.recipe.plan import Plan
@@ -24,6 +25,15 @@ from klquant.recipe.plan import Plan
 RTN_ELEMENTS = 1 << 26
 
 Progress = Callable[[str, float], None]
+
+
+def names_read(plan: Plan, name: str, decisions: list[Decision]) -> list[str]:
+    """The tensors that the work of a unit (of `units_of`) asks for."""
+    if not plan.needs_calibration or name == "embedding":
+        return [d.key.name for d in decisions if d.spec is not None]
+    if name == "head":
+        return [] if plan[HEAD].spec is None else [FINAL_NORM, HEAD]
+    return [d.key.name for d in decisions]
 
 
 def units_of(plan: Plan) -> dict[str, list[Decision]]:
@@ -38,18 +48,21 @@ def units_of(plan: Plan) -> dict[str, list[Decision]]:
 
 @dataclass
 class UnitResult:
-    """Stored tensors of a unit, by name, and how its weights fared."""
+    """Stored tensors of a unit, by name, how its weights fared, and fallbacks that concern no weight's value."""
 
     tensors: dict[str, Tensor]
     records: dict[str, TensorRecord] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Units:
-    """Works on the units of one plan. `settings` says where; `reader` is the BF16 checkpoint."""
+    """Works on the units of one plan, in turn. `settings` says where; `reader` is the BF16 checkpoint, and `ahead` has
+    read what a unit asks for (`names_read`)."""
 
     reader: CheckpointReader
+    ahead: Ahead
     plan: Plan
     settings: WalkSettings
 
@@ -64,18 +77,20 @@ class Units:
             for start in range(0, len(same), size):
                 progress("rounding", done / len(wanted))
                 part = same[start : start + size]
-                w = torch.stack([self._matrix(d.key.name) for d in part])
+                w = torch.stack([self._matrix(d.key.name) for d in part]).float()
                 (fit,) = fit_weight(w, part[0], None, self.plan.recipe, [w.shape[-2]])
                 for i, d in enumerate(part):
-                    result.quantized[d.key.module] = fit.quantized[i].to("cpu")
+                    result.quantized[d.key.module] = fit.quantized[i]
                     result.records[d.key.module] = fit.records[i]
                 done += len(part)
+        self.ahead.advance()
         return self._pack(decisions, result)
 
     def layer(self, layer: int, decisions: list[Decision], streams: Streams, progress: Progress) -> UnitResult:
         """A decoder layer against its calibration inputs; moves `streams` past it."""
         progress("reading", 0.0)
-        weights = LayerWeights.load(self.reader, layer, self.settings.dtype, self.settings.device)
+        weights = LayerWeights.load(self.ahead, layer, self.settings.dtype, self.settings.device)
+        self.ahead.advance()
         share = self.plan.recipe.gptq.router_share
         metrics = StreamMetric(self.reader, share, self.settings.device).after(layer) if share else (None, None)
         walk = LayerWalk(self.reader.config, layer, weights, self.plan, self.settings, streams, progress, metrics)
@@ -90,15 +105,16 @@ class Units:
         if decision.spec is not None:
             moments = self._final_moments(streams, progress)
             progress("head", 0.0)
-            w = self._matrix(HEAD)[None]
+            w = self._matrix(HEAD).float()[None]
             (fit,) = fit_weight(w, decision, moments, self.plan.recipe, [w.shape[-2]])
-            result.quantized[decision.key.module] = fit.quantized[0].to("cpu")
+            result.quantized[decision.key.module] = fit.quantized[0]
             result.records[decision.key.module] = fit.records[0]
+        self.ahead.advance()
         return self._pack(decisions, result)
 
     def _final_moments(self, streams: Streams, progress: Progress) -> Moments:
         settings, config = self.settings, self.reader.config
-        norm = self.reader.weight(FINAL_NORM, settings.dtype).to(settings.device)
+        norm = self.ahead.weight(FINAL_NORM, settings.dtype).to(settings.device)
         star = streams.reference
         moments = Moments.zeros(config.hidden_size, device=settings.device, drift=star is not None)
         for start in range(0, len(streams.quantized), settings.batch):
@@ -113,7 +129,8 @@ class Units:
         return moments.mean()
 
     def _matrix(self, name: str) -> Tensor:
-        return self.reader.weight(name, torch.float32).to(self.settings.device)
+        """A weight on the device, in the 16 or 32 bits that it is stored in."""
+        return self.ahead.weight(name, DTYPES[self.reader.info(name).dtype]).to(self.settings.device)
 
     def _pack(self, decisions: list[Decision], result: LayerResult) -> UnitResult:
         """Stored tensors of a unit: packed where a grid was made, else as they were or as a folding left them."""
@@ -121,7 +138,8 @@ class Units:
         for d in decisions:
             name = d.key.name
             if d.spec is not None:
-                tensors |= compress(d.key.module, result.quantized.pop(d.key.module))
+                packed = compress(d.key.module, result.quantized.pop(d.key.module))
+                tensors |= {part: tensor.to("cpu") for part, tensor in packed.items()}
             elif name in result.changed:
                 # Scales are powers of two, so going back to the stored dtype loses nothing.
                 tensors[name] = result.changed[name].to("cpu", DTYPES[d.dtype]).view(d.shape)
@@ -130,7 +148,7 @@ class Units:
                 self.reader.require_finite(name, tensors[name])
         planned = {s.name: s.nbytes for d in decisions for s in stored_tensors(d)}
         assert {name: t.nbytes for name, t in tensors.items()} == planned, "output differs from the plan"
-        return UnitResult(tensors, result.records, result.expert_tokens)
+        return UnitResult(tensors, result.records, result.expert_tokens, result.fallbacks)
 
 
 def _alike(d: Decision) -> tuple:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from klquant.core.grid import Quantized
 from klquant.core.spec import WeightSpec
-from klquant.quantize.gptq import GPTQResult, gptq, layer_loss
+from klquant.quantize.gptq import GPTQResult, gptq, layer_loss, put_in_order
 
 # Blocks of rows, each rounded on what the blocks before it left over; inside a block rows do not couple. On the testbed
 # 12 blocks of 32 rows reach nearly the loss of 48 of 8.
@@ -34,11 +34,11 @@ def coupled_gptq(
     n = w.shape[-2]
     size = max(MIN_ROWS, -(-n // BLOCKS))
     left = torch.zeros_like(w)
-    parts = []
+    parts, ordered = [], put_in_order(h, damp)
     for start in range(0, n, size):
         b = slice(start, min(start + size, n))
         pull = torch.linalg.solve_triangular(g[b, b], g[b, :start], upper=False)
-        part = gptq(w[:, b] + pull @ left[:, :start], h, spec, damp=damp, rounds=rounds)
+        part = gptq(w[:, b] + pull @ left[:, :start], h, spec, damp=damp, rounds=rounds, ordered=ordered)
         left[:, b] = w[:, b] - part.quantized.decode()
         parts.append(part)
     error = layer_loss(left, h)

@@ -30,20 +30,42 @@ class GPTQResult:
     damp: Tensor
 
 
-def gptq(w_ENK: Tensor, h_EKK: Tensor, spec: WeightSpec, *, damp: float = 0.01, rounds: int = 3) -> GPTQResult:
+@dataclass(frozen=True)
+class Ordered:
+    """How columns are rounded against Hessians: their order [E, K], falling by the diagonal; the factor [E, K, K] that
+    `sweep` needs, of the damped Hessian so ordered; and the damping used [E]. E = 1: shared."""
+
+    order: Tensor
+    factor: Tensor
+    damp: Tensor
+
+
+def put_in_order(h_EKK: Tensor, damp: float) -> Ordered:
+    """Raises torch.linalg.LinAlgError when a Hessian holds no positive curvature at all."""
+    order = h_EKK.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    if kernels.serve(h_EKK):
+        from klquant.quantize.kernels import columns
+
+        return Ordered(order, *columns.factors(h_EKK, order, damp))
+    return Ordered(order, *inverse_factor(permute_both(h_EKK, order), damp))
+
+
+def gptq(
+    w_ENK: Tensor, h_EKK: Tensor, spec: WeightSpec, *, damp: float = 0.01, rounds: int = 3,
+    ordered: Ordered | None = None,
+) -> GPTQResult:  # fmt: skip
     """Quantize `w` [E, N, K] against Hessians `h` [E, K, K] (or [1, K, K], shared).
 
     `damp` is the share of the mean diagonal added to it; it grows tenfold for each expert whose factorization fails and
-    what was used is returned. `rounds` of scale refit and coordinate descent follow (0: textbook GPTQ).
-    Raises torch.linalg.LinAlgError when a Hessian holds no positive curvature at all.
+    what was used is returned. `rounds` of scale refit and coordinate descent follow (0: textbook GPTQ). `ordered`:
+    `put_in_order(h, damp)`, from a caller that has it. Raises what `put_in_order` raises.
     """
     w = w_ENK.float()
     h = h_EKK.float()
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     # Damped like the Hessian: an input that calibration never saw must not lose its range.
     scale, zero = fit_scales(w, spec, importance_K=diagonal + damp * diagonal.mean(-1, keepdim=True))
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    codes, used = sweep(w, h, order, scale, zero, spec, damp)
+    codes, used = sweep(w, ordered or put_in_order(h, damp), scale, zero, spec)
     best = Quantized(spec, codes, scale, zero)
     for _ in range(rounds):
         best = descend(w, h, refit_scales(w, h, best))
@@ -57,18 +79,16 @@ def layer_loss(d_ENK: Tensor, h_EKK: Tensor) -> Tensor:
 
 
 def sweep(
-    w_ENK: Tensor, h_EKK: Tensor, order_EK: Tensor, scale_ENG: Tensor, zero_ENG: Tensor | None, spec: WeightSpec,
-    damp: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """GPTQ's codes int8 [E, N, K] on the scales given, columns taken in `order`, and the damping used ([E] or [1])."""
+    w_ENK: Tensor, ordered: Ordered, scale_ENG: Tensor, zero_ENG: Tensor | None, spec: WeightSpec
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's codes int8 [E, N, K] on the scales given, and the damping used ([E] or [1])."""
     if kernels.serve(w_ENK):
         from klquant.quantize.kernels import columns
 
-        return columns.sweep(w_ENK, h_EKK, order_EK, scale_ENG, zero_ENG, spec, damp)
+        return columns.sweep(w_ENK, ordered.factor, ordered.order, scale_ENG, zero_ENG, spec), ordered.damp
     e = w_ENK.shape[0]
-    upper, used = inverse_factor(permute_both(h_EKK, order_EK), damp)
-    upper, order = upper.expand(e, -1, -1), order_EK.expand(e, -1)
-    return _round_columns(w_ENK, upper, order, scale_ENG, zero_ENG, spec), used
+    upper, order = ordered.factor.expand(e, -1, -1), ordered.order.expand(e, -1)
+    return _round_columns(w_ENK, upper, order, scale_ENG, zero_ENG, spec), ordered.damp
 
 
 def _round_columns(

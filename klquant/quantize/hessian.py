@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from klquant.quantize.factor import cholesky
+
 
 @dataclass
 class Moments:
@@ -56,6 +58,15 @@ class Moments:
             _accumulate(self.missing[at], missing_TN.to(x.dtype), weighted)
         self.weight[at] += x.shape[0] if weight_T is None else weight_T.double().sum()
         self.count[at] += x.shape[0]
+
+    def part(self, experts: slice) -> "Moments":
+        """The sums of some experts."""
+        drift, missing = (None if x is None else x[experts] for x in (self.drift, self.missing))
+        return Moments(self.hh[experts], self.weight[experts], self.count[experts], drift, missing)
+
+    def to(self, device: torch.device) -> "Moments":
+        drift, missing = (None if x is None else x.to(device) for x in (self.drift, self.missing))
+        return Moments(self.hh.to(device), self.weight.to(device), self.count.to(device), drift, missing)
 
     def mean(self) -> "Moments":
         """The same as means over the tokens; zero where no token was seen."""
@@ -120,4 +131,7 @@ def corrected_target(
     level = damp * h_KK.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
     damped = h_KK + torch.diag_embed(level[..., None].expand(h_KK.shape[:-1]))
     # V − W = change·(H + λI)⁻¹ with H symmetric: solve for its transpose.
-    return w_NK + torch.cholesky_solve(change.mT, torch.linalg.cholesky(damped)).mT
+    factor, info = cholesky(damped)
+    if bool((info > 0).any()):
+        raise torch.linalg.LinAlgError("inputs' second moments are not positive definite for all their ridge")
+    return w_NK + torch.cholesky_solve(change.mT, factor).mT

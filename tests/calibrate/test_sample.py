@@ -12,7 +12,7 @@ from klquant.checkpoint.reader import CheckpointReader
 from klquant.errors import UserError
 from klquant.model.forward import Model
 
-CPU = WalkSettings(torch.device("cpu"), torch.float32, batch=4, expert_chunk=8)
+CPU = WalkSettings(torch.device("cpu"), torch.float32, batch=4)
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,7 @@ def attempt(model: Path, out: Path, kill: list) -> int:
     """Run (or go on) in a process of its own; how it ended."""
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # threads that mend torch's pool after a fork at the same time would trip over it
         arm(kill)
         code = 1
         try:

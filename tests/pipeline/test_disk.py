@@ -51,10 +51,10 @@ def test_files_that_cannot_grow(model, tmp_path, limit, nbytes, match, whole_dig
     assert digests(out) == whole_digests
 
 
-@pytest.mark.parametrize(("share", "file"), [(0.3, r"quantized-002\.bin\.half"), (0, r"quantized\.work")])
+@pytest.mark.parametrize(("share", "file"), [(0.3, r"reference-002\.bin\.half"), (0, r"quantized\.work")])
 def test_streams_need_room(model, tmp_path, limit, monkeypatch, share, file):
     """Each stream takes 256 tokens × 64 values × 4 bytes."""
-    monkeypatch.setattr("klquant.pipeline.streams.MEMORY_SHARE", share)
+    monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": share})
     limit(60_000)
     fails(tmp_path / "out", model, f"{file}: no room for .* of activations", shard_bytes=20_000)
     limit(resource.RLIM_INFINITY)
@@ -89,7 +89,7 @@ def test_a_disk_that_fills_up_at_any_time(model, tmp_path, monkeypatch, whole_di
 
 
 def test_streams_that_cannot_be_written(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("klquant.pipeline.streams.MEMORY_SHARE", 0)
+    monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
     full(monkeypatch, os, "pwritev", 12)
     fails(tmp_path / "out", model, r"(quantized|reference).*: cannot be written: No space left on device")
 

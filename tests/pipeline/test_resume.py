@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import klquant.calibrate.experts as experts
 import klquant.pipeline.run as pipeline
 from klquant.errors import UserError
 from klquant.pipeline.journal import Journal
@@ -142,7 +143,7 @@ def test_another_shard_size_is_refused(stopped, model):
 
 def test_another_kind_of_device_is_refused(stopped, model, monkeypatch):
     """A GPU works in other precision and order."""
-    monkeypatch.setattr(pipeline, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(pipeline, "pick_devices", lambda names: [torch.device("cuda")])
     refused(stopped, "was started with another kind of device", model, resume=True, device="cuda")
 
 
@@ -166,7 +167,7 @@ def test_two_runs_do_not_share_a_folder(stopped, model):
 def test_an_unfinished_run_of_another_format_is_refused(stopped, model):
     file = unfinished(stopped) / ".state" / "purpose.json"
     purpose = json.loads(file.read_text())
-    del purpose["expert_chunk"]
+    del purpose["shard_bytes"]
     file.write_text(json.dumps(purpose))
     refused(stopped, "another version of klquant", model, resume=True)
 
@@ -181,7 +182,7 @@ def test_a_damaged_state_is_one_line(stopped, model, name):
 
 
 def test_free_memory_at_the_time_of_the_resume_does_not_matter(stopped, model, monkeypatch, whole_digests):
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1)
+    monkeypatch.setattr(experts, "free_memory", lambda device: 1)
     run(model, stopped, resume=True)
     assert digests(stopped) == whole_digests
 
@@ -206,7 +207,7 @@ def test_sampled_text_is_kept(tmp_path):
 
 
 def test_streams_in_files_give_the_same_bytes(model, tmp_path, monkeypatch, whole_digests):
-    monkeypatch.setattr("klquant.pipeline.streams.MEMORY_SHARE", 0)
+    monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
     with pytest.raises(Stopped):
         run(model, tmp_path / "out", watcher=Stop("layer 1", "MLP"))
     assert (unfinished(tmp_path / "out") / ".state" / "quantized.work").exists()

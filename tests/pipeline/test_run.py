@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import klquant.pipeline.run as pipeline
+from klquant.calibrate import experts
+from klquant.calibrate.walk import LayerWalk
 from klquant.checkpoint.index import read_json
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CheckpointReader
@@ -113,17 +114,74 @@ def test_a_watcher_hears_everything_in_order(model, tmp_path):
     assert sum(s.nbytes for s in log.summaries) == sizes
 
 
-def test_memory_decides_nothing_but_speed(model, tmp_path, monkeypatch, whole_digests):
-    """Few experts at once, streams in files: equal weights. Errors may differ in their last bits."""
-    monkeypatch.setattr("klquant.pipeline.streams.MEMORY_SHARE", 0)
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1)
+def weights(out):
+    """Digests of the shards. Errors in klquant.json may differ in their last bits."""
+    return {name: digest for name, digest in digests(out).items() if name.endswith(".safetensors")}
+
+
+@pytest.fixture(scope="module", params=[RULES, RULES.replace("gptq", "awq")], ids=["gptq", "awq"])
+def in_blocks(model, tmp_path_factory, request):
+    """A recipe, and the weights of its run with the experts in two blocks."""
+    chosen = recipe(request.param, gptq="refine_rounds: 1")
+    out = tmp_path_factory.mktemp("blocks") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "BLOCK", 2)
+        run(model, out, chosen)
+    return chosen, weights(out)
+
+
+@pytest.fixture
+def blocks_of_two(monkeypatch):
+    monkeypatch.setattr(experts, "BLOCK", 2)
+
+
+def test_memory_decides_nothing_but_speed(model, tmp_path, monkeypatch, in_blocks, blocks_of_two):
+    """One block's moments at once, streams in files."""
+    monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
+    monkeypatch.setattr(experts, "free_memory", lambda device: 1)
     log = Log()
-    run(model, tmp_path / "out", watcher=log)
-    assert any("activations are kept in files" in note for note in log.notes)
-    after = digests(tmp_path / "out")
-    assert {n: d for n, d in after.items() if n != "klquant.json"} == {
-        n: d for n, d in whole_digests.items() if n != "klquant.json"
-    }
+    run(model, tmp_path / "out", in_blocks[0], watcher=log)
+    assert ("layer 1", "experts 0–1: w1, w3") in log.phases
+    assert any("are kept in files beside the output" in note for note in log.notes)
+    assert weights(tmp_path / "out") == in_blocks[1]
+
+
+def test_two_devices_write_the_bytes_of_one(model, tmp_path, monkeypatch, in_blocks, blocks_of_two):
+    shares = []
+    real = experts._quantize_blocks
+    monkeypatch.setattr(
+        experts, "_quantize_blocks", lambda walk, blocks, x: (shares.append(blocks), real(walk, blocks, x))
+    )
+    run(model, tmp_path / "out", in_blocks[0], device="cpu,cpu")
+    assert sorted(len(blocks) for blocks in shares) == [1, 1]
+    assert weights(tmp_path / "out") == in_blocks[1]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(experts, "_hidden_moments"), (LayerWalk, "fit")])
+def test_running_out_of_memory_makes_smaller_steps(model, tmp_path, monkeypatch, in_blocks, blocks_of_two, owner, name):
+    """While moments are summed, and when a block's w2 is fitted, its scale folded already."""
+    real, failed = getattr(owner, name), []
+
+    def once(*args, **named):
+        if not failed and (name != "fit" or args[1] == ("mlp.w2",)):
+            failed.append(args)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **named)
+
+    monkeypatch.setattr(owner, name, once)
+    log = Log()
+    run(model, tmp_path / "out", in_blocks[0], watcher=log)
+    assert failed and "cpu: out of memory: moments of 2 experts at once" in log.summaries[2].fallbacks
+    assert weights(tmp_path / "out") == in_blocks[1]
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [("cpu,meta", "unknown device 'meta'"), ("cpu,cuda:99", "device cuda:99: .* found here")],
+)
+def test_devices_that_are_not_there(model, tmp_path, devices, message):
+    with pytest.raises(UserError, match=message):
+        run(model, tmp_path / "out", device=devices)
 
 
 def test_small_shards_hold_the_same_tensors(model, tmp_path, whole):

@@ -5,7 +5,7 @@ import torch
 
 from klquant.core.spec import WeightSpec
 from klquant.quantize import kernels
-from klquant.quantize.gptq import descend, gptq, layer_loss, refit_scales, sweep
+from klquant.quantize.gptq import descend, gptq, layer_loss, put_in_order, refit_scales, sweep
 from klquant.quantize.rtn import fit_scales, rtn
 from tests.triton_interpreter import interpreting, needs_triton, run_interpreted
 
@@ -27,6 +27,7 @@ def test_a_cpu_takes_the_plain_functions():
 @pytest.mark.parametrize("card", SHARED_MEMORY)
 def test_kernels_compile(card):
     from klquant.quantize.kernels.columns import round_block
+    from klquant.quantize.kernels.grouped import GRAM_TOKENS, LINEAR_INPUTS, TILE, add_gram, map_rows
     from klquant.quantize.kernels.scales import normal_equations, search_groups
 
     grid = {"QMIN": -8, "QMAX": 7}
@@ -38,6 +39,10 @@ def test_kernels_compile(card):
         "best_scale": "*bf16",
         "best_zero": "*i8",
         "steps": "*bf16",
+        "total": "*fp32",
+        **dict.fromkeys(("x", "star", "up", "gate", "out"), "*bf16"),
+        **dict.fromkeys(("bounds", "tiles"), "*i32"),
+        "rows": "*i64",
     }
     jobs = [
         (round_block, block | {"REVISE": False, "zero": None, "change": None}, 1),
@@ -47,13 +52,20 @@ def test_kernels_compile(card):
         (normal_equations, {"ROWS": 128, "COLUMNS": 128, "INNER": 32}, 8),
         (normal_equations, {"ROWS": 128, "COLUMNS": 16, "INNER": 16}, 8),
     ]
-    for kernel, constants, warps in jobs:
-        binary = compiled(kernel, pointers, constants, card, warps)
-        assert binary.metadata.shared <= SHARED_MEMORY[card]
+    gram, rows = {"TILE": TILE, "TOKENS": GRAM_TOKENS}, {"ROWS": TILE, "INPUTS": LINEAR_INPUTS}
+    grouped = [
+        (add_gram, gram, 8),
+        (add_gram, gram | {"star": None, "rows": None}, 8),
+        (map_rows, rows | {"COLUMNS": TILE // 2}, 8),
+        (map_rows, rows | {"COLUMNS": TILE, "gate": None, "rows": None}, 8),
+    ]
+    for kernel, constants, warps, stages in [(*job, 2) for job in jobs] + [(*job, 3) for job in grouped]:
+        binary = compiled(kernel, pointers, constants, card, warps, stages)
+        assert binary.metadata.shared <= SHARED_MEMORY[card], (kernel, constants)
         assert ".local" not in binary.asm["ptx"]
 
 
-def compiled(kernel, pointers, constants, card, warps):
+def compiled(kernel, pointers, constants, card, warps, stages):
     """The kernel built for a card that need not be there."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -68,7 +80,9 @@ def compiled(kernel, pointers, constants, card, warps):
         {(names.index(x),): value for x, value in constants.items()},
         {(names.index(x),): [["tt.divisibility", 16]] for x in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps, "num_stages": 2})
+    return triton.compile(
+        source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps, "num_stages": stages}
+    )
 
 
 # On a card.
@@ -98,7 +112,6 @@ def problem(e, n, k, seed=0):
 def test_each_stage_is_the_plain_one(shape, spec):
     w, h = problem(*shape)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
     q = rtn(w, spec)
 
     def loss(codes_or_q):
@@ -110,7 +123,7 @@ def test_each_stage_is_the_plain_one(shape, spec):
         want = fit_scales(w, spec, importance_K=diagonal)[0]
     assert (got != want).float().mean() < 1e-3
     stages = [
-        lambda: sweep(w, h, order, q.scale, q.zero, spec, 0.01)[0],
+        lambda: sweep(w, put_in_order(h, 0.01), q.scale, q.zero, spec)[0],
         lambda: refit_scales(w, h, q),
         lambda: descend(w, h, q),
     ]

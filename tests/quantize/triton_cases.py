@@ -3,6 +3,8 @@
 `test_triton.py` runs this file in a process that interprets. Everything allocated is poisoned first (NaN, largest int).
 """
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.triton_interpreter import interpreting, needs_triton
@@ -10,14 +12,19 @@ from tests.triton_interpreter import interpreting, needs_triton
 if not interpreting:
     pytest.skip("run by test_triton.py", allow_module_level=True)
 
+import itertools
+
 import torch
 
+from klquant.calibrate import routes
 from klquant.core.grid import Quantized
 from klquant.core.spec import WeightSpec
+from klquant.model.weights import MoEWeights
 from klquant.quantize import gptq as reference
 from klquant.quantize import rtn
 from klquant.quantize.factor import _by_panels
-from klquant.quantize.kernels import columns, scales
+from klquant.quantize.hessian import Moments
+from klquant.quantize.kernels import columns, grouped, scales
 from tests.triton_interpreter import teach_bf16_products
 
 pytestmark = needs_triton
@@ -40,11 +47,13 @@ def problem(e, n, k, seed=0):
     return torch.randn(e, n, k, generator=gen) / k**0.5 + 0.02, x.mT @ x / (2 * k)
 
 
-def start(w, h, spec):
-    """Scales and the order of columns, as `gptq` makes them."""
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    return *rtn.fit_scales(w, spec, importance_K=diagonal), order
+def both_sweeps(w, h, spec):
+    """Codes and damping of the kernel and of the plain sweep, on the same scales."""
+    scale, zero = rtn.fit_scales(w, spec, importance_K=h.diagonal(dim1=-2, dim2=-1))
+    plain = reference.put_in_order(h, 0.01)
+    factor, damp = columns.factors(h, plain.order, 0.01)
+    got = columns.sweep(w, factor, plain.order, scale, zero, spec)
+    return (got, damp), reference.sweep(w, plain, scale, zero, spec)
 
 
 # One tile and several, one block and a block and a bit, one expert and several.
@@ -60,9 +69,7 @@ cases = pytest.mark.parametrize(("shape", "spec"), CASES.values(), ids=CASES.key
 @cases
 def test_sweep(shape, spec):
     w, h = problem(*shape)
-    scale, zero, order = start(w, h, spec)
-    got, got_damp = columns.sweep(w, h, order, scale, zero, spec, 0.01)
-    want, want_damp = reference.sweep(w, h, order, scale, zero, spec, 0.01)
+    (got, got_damp), (want, want_damp) = both_sweeps(w, h, spec)
     assert torch.equal(got, want) and torch.equal(got_damp, want_damp)
 
 
@@ -70,10 +77,8 @@ def test_sweep_with_one_hessian_for_several_experts(monkeypatch):
     monkeypatch.setattr(columns, "EXPERTS", 2)
     spec = WeightSpec(bits=4, group_size=32)
     w, h = problem(3, 4, 64)
-    scale, zero, order = start(w, h[:1], spec)
-    got, damp = columns.sweep(w, h[:1], order, scale, zero, spec, 0.01)
-    assert damp.shape == (1,)
-    assert torch.equal(got, reference.sweep(w, h[:1], order, scale, zero, spec, 0.01)[0])
+    (got, damp), (want, _) = both_sweeps(w, h[:1], spec)
+    assert damp.shape == (1,) and torch.equal(got, want)
 
 
 @cases
@@ -166,3 +171,102 @@ def test_cholesky_by_panels_reports_as_the_library_does():
     assert torch.equal(info, want_info) and info.tolist() == [0, 201, 0]
     for e in (0, 2):
         torch.testing.assert_close(factor[e], want[e], rtol=1e-4, atol=1e-4)
+
+
+BOUNDS = [0, 0, 5, 5, 39, 40]  # an expert without rows first, one amid, one with more than a step of the kernel
+
+
+def grouped_problem(k, seed=4):
+    gen = torch.Generator().manual_seed(seed)
+    x, star = (torch.randn(21, k, generator=gen).bfloat16() for _ in range(2))
+    return x, star, torch.randint(0, 21, (BOUNDS[-1],), generator=gen)
+
+
+def groups():
+    return [(e, slice(first, last)) for e, (first, last) in enumerate(itertools.pairwise(BOUNDS))]
+
+
+@pytest.mark.parametrize("k", [50, 130])
+@pytest.mark.parametrize("drift", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_grams_of_groups(k, drift, gathered):
+    x, star, rows = grouped_problem(k)
+    before = torch.randn(len(BOUNDS) - 1, k, k, generator=torch.Generator().manual_seed(5))
+    if not drift:
+        before = before + before.mT
+    got = before.clone()
+    if gathered:
+        x, star, rows = x[rows].contiguous(), star[rows].contiguous(), None
+    grouped.accumulate(got, x, rows, BOUNDS, star if drift else None)
+    for e, at in groups():
+        b = x[at if gathered else rows[at]].float()
+        a = (star[at if gathered else rows[at]].float() - b).bfloat16().float() if drift else b
+        torch.testing.assert_close(got[e], before[e] + a.T @ b, rtol=1e-5, atol=1e-4)
+    assert torch.equal(got[0], before[0])
+
+
+def test_a_gram_does_not_depend_on_the_other_experts():
+    x, star, rows = grouped_problem(50)
+    whole = torch.zeros(5, 50, 50)
+    grouped.accumulate(whole, x, rows, BOUNDS, star)
+    part = torch.zeros(2, 50, 50)
+    grouped.accumulate(part, x, rows[5:], [0, 34, 35], star)
+    assert torch.equal(whole[3:], part)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(3, 50), (140, 70)])
+def test_maps_of_groups(n, k, gated, gathered):
+    x, _, rows = grouped_problem(k)
+    gen = torch.Generator().manual_seed(6)
+    up, gate = ((torch.randn(len(BOUNDS) - 1, n, k, generator=gen) / k**0.5).bfloat16() for _ in range(2))
+    inputs = x[rows]
+    if gathered:
+        x, rows = inputs.contiguous(), None
+    got = grouped.linear(x, rows, BOUNDS, up, gate if gated else None)
+    for e, at in groups():
+        want = inputs[at].float() @ up[e].float().T
+        if gated:
+            want = want.bfloat16() * torch.nn.functional.silu((inputs[at].float() @ gate[e].float().T).bfloat16())
+        torch.testing.assert_close(got[at].float(), want.float(), rtol=2**-6, atol=1e-5)
+
+
+def test_maps_of_no_rows():
+    assert grouped.linear(torch.zeros(0, 8).bfloat16(), None, [0, 0], torch.zeros(1, 4, 8).bfloat16()).shape == (0, 4)
+
+
+@pytest.mark.parametrize("drift", [False, True])
+def test_routes_through_the_kernels(monkeypatch, drift):
+    """Dispatch: what a CUDA tensor would take, beside expert after expert."""
+    e, c, i, tokens = 5, 40, 24, 21
+    gen = torch.Generator().manual_seed(7)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=gen).bfloat16()
+
+    config = SimpleNamespace(num_experts=e)
+    stacks = (noise(e, i, c) / c**0.5, noise(e, i, c) / c**0.5, noise(e, c, i) / i**0.5)
+    weights = MoEWeights(noise(e, c), noise(e), *stacks, None)
+    expert = torch.stack([torch.randperm(e - 1, generator=gen)[:2] for _ in range(tokens)])  # none to the last
+    weight = torch.rand(tokens, 2, generator=gen)
+    x, star = noise(tokens, c), noise(tokens, c)
+    part = routes.Routes.sort(weight, expert, e).part(slice(1, 5))
+
+    def run():
+        inputs, outputs = (Moments.zeros(k, 4, drift=drift) for k in (c, i))
+        routes.add_moments(inputs, x, part, star if drift else None, gathered=False, weighted=False)
+        h, h_star = (routes.hidden(weights, slice(1, 5), y, part) for y in (x, star))
+        routes.add_moments(outputs, h, part, h_star if drift else None, gathered=True, weighted=False)
+        return inputs, outputs, h, routes.routed_output(config, weights, x, weight, expert)
+
+    inputs, outputs, h, y = run()
+    monkeypatch.setattr("klquant.quantize.kernels.serve", lambda x: True)
+    got_inputs, got_outputs, got_h, got_y = run()
+    for got, want in ((got_inputs, inputs), (got_outputs, outputs)):
+        assert torch.equal(got.count, want.count) and torch.equal(got.weight, want.weight)
+        torch.testing.assert_close(got.hh, want.hh, rtol=0.02, atol=0.02)
+        if drift:
+            torch.testing.assert_close(got.drift, want.drift, rtol=0.03, atol=0.05)
+    torch.testing.assert_close(got_h, h, rtol=2**-6, atol=1e-3)
+    torch.testing.assert_close(got_y, y, rtol=2**-6, atol=2e-2)

@@ -105,23 +105,26 @@ def round_block(
         tl.store(change + e * n + rows, total + moved, mask=inside)
 
 
+def factors(h_EKK: Tensor, order_EK: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """R [E, K, K] of the damped Hessians in the order given, and the damping used [E]."""
+    parts = [upper_factor(permute_both(h_EKK[part], order_EK[part]), damp) for part in batches(h_EKK.shape[0])]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([factor for factor, _ in parts]), torch.cat([used for _, used in parts])
+
+
 def sweep(
-    w_ENK: Tensor, h_EKK: Tensor, order_EK: Tensor, scale_ENG: Tensor, zero_ENG: Tensor | None, spec: WeightSpec,
-    damp: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`klquant.quantize.gptq.sweep`: codes int8 [E, N, K], and the damping used [E] ([1] for a shared Hessian)."""
+    w_ENK: Tensor, factor_EKK: Tensor, order_EK: Tensor, scale_ENG: Tensor, zero_ENG: Tensor | None, spec: WeightSpec
+) -> Tensor:
+    """Codes int8 [E, N, K] of `klquant.quantize.gptq.sweep`, from R of `factors` (E = 1: shared)."""
+    e, _, k = w_ENK.shape
     codes = torch.empty(w_ENK.shape, dtype=torch.int8, device=w_ENK.device)
-    used: list[Tensor] = []
-    for part in batches(w_ENK.shape[0]):
-        if part.start == 0 or h_EKK.shape[0] > 1:
-            order = order_EK[part]
-            factor, damped = upper_factor(permute_both(h_EKK[part], order), damp)
-            used.append(damped)
-        d = torch.take_along_dim(w_ENK[part].mT, order.unsqueeze(-1), dim=-2).contiguous()
-        e, k, _ = d.shape
+    factor_EKK, order_EK = factor_EKK.expand(e, k, k), order_EK.expand(e, k)
+    for part in batches(e):
+        d = torch.take_along_dim(w_ENK[part].mT, order_EK[part].unsqueeze(-1), dim=-2).contiguous()
         zero = None if zero_ENG is None else zero_ENG[part]
-        codes[part] = _run(d, factor.expand(e, k, k), order.expand(e, k), scale_ENG[part], zero, spec).mT
-    return codes, torch.cat(used)
+        codes[part] = _run(d, factor_EKK[part], order_EK[part], scale_ENG[part], zero, spec).mT
+    return codes
 
 
 def descend(w_ENK: Tensor, h_EKK: Tensor, q: Quantized) -> Quantized:

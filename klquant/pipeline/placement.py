@@ -1,0 +1,93 @@
+"""Where a run keeps what it works on: chosen once, before work begins, from what memory is free and allowed.
+
+Nothing here changes a result. Sizes in bytes; those of working memory are estimates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from klquant.calibrate.experts import BLOCK
+from klquant.calibrate.footprint import Footprint, widest_layer
+from klquant.calibrate.walk import WalkSettings
+from klquant.checkpoint.config import KimiLinearConfig
+from klquant.core.memory import free_memory, total_memory
+from klquant.errors import UserError
+
+# Share of the host memory left that the streams may take before they go to files. A CPU works in the rest.
+MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.9}
+# Host memory of this process beside weights and activations: Python, torch, CUDA's own.
+HOST_BASE = 3 << 30
+# Memory on a card that torch's allocator does not count: CUDA context and kernels.
+CONTEXT = 600 << 20
+STORED_ITEM = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may use, None for all there is."""
+
+    gpu: int | None = None
+    cpu: int | None = None
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`in_files`: the streams (`streams` bytes) live in files beside the output. With a GPU: `host`, what the run takes
+    in host memory, and `device`, what it takes at least on each card."""
+
+    streams: int
+    in_files: bool
+    host: int | None = None
+    device: int | None = None
+
+    def __str__(self) -> str:
+        where = "in files beside the output, memory is short" if self.in_files else "in host memory"
+        text = f"activations ({self.streams / 1e9:.1f} GB) are kept {where}"
+        if self.host is None:
+            return text
+        return f"{text}; about {self.host / 1e9:.1f} GB of RAM in all, and {self.device / 1e9:.1f} GB or more on a card"
+
+
+def limit_devices(settings: WalkSettings, limits: Limits) -> None:
+    """Hold torch to `limits.gpu` on each card. Raises UserError when that leaves nothing to work with."""
+    if limits.gpu is None or settings.device.type != "cuda":
+        return
+    for device in settings.devices:
+        room = limits.gpu - CONTEXT
+        if room <= 0:
+            raise UserError(f"--max-gpu-memory {limits.gpu / 1e9:.1f} GB: CUDA itself takes {CONTEXT / 1e9:.1f} GB")
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total_memory(device)), device)
+
+
+def place(
+    config: KimiLinearConfig, settings: WalkSettings, windows: int, length: int, streams: int, limits: Limits
+) -> Placement:
+    """Where `streams` streams of `windows` windows live.
+
+    Raises UserError, with the figure that would work, when a layer does not fit the host memory or a card.
+    """
+    cuda = settings.device.type == "cuda"
+    size = streams * windows * length * config.hidden_size * settings.dtype.itemsize
+    # One layer's weights read ahead; one layer's output waiting to be written and one in the making, at 8 bits or less.
+    working = (STORED_ITEM + 2) * widest_layer(config) + HOST_BASE if cuda else 0
+    allowed = free_memory() if limits.cpu is None else min(free_memory(), limits.cpu)
+    if cuda and allowed < working:
+        raise UserError(
+            f"host memory: a layer takes about {working / 1e9:.1f} GB, {allowed / 1e9:.1f} GB are free or allowed; "
+            "free memory or raise --max-cpu-memory"
+        )
+    in_files = size > MEMORY_SHARE[settings.device.type] * (allowed - working)
+    if not cuda:
+        return Placement(size, in_files)
+    need = Footprint.of(config, settings.batch * length, settings.dtype.itemsize, BLOCK, streams > 1)
+    for device in settings.devices:
+        if (free := free_memory(device)) < need.least:
+            raise UserError(
+                f"{device}: a layer takes about {need.least / 1e9:.1f} GB, {free / 1e9:.1f} GB are free or allowed; "
+                "free memory on the card, raise --max-gpu-memory or use --device cpu"
+            )
+    return Placement(size, in_files, working + (0 if in_files else size), need.least)
