@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("klquant.cli.plan", "Show what a recipe does to each tensor, what it costs and what it needs to run."),
     "quantize": ("klquant.cli.quantize", "Quantize a checkpoint, layer by layer; can be stopped and resumed."),
     "eval": ("klquant.cli.eval", "Score a checkpoint on text against its reference."),
+    "sensitivity": ("klquant.cli.sensitivity", "Measure what each class or layer costs when only it is quantized."),
     "report": ("klquant.cli.report", "Compare results of eval in one page: size, quality, where it errs."),
     "sweep": ("klquant.cli.sweep", "Quantize by several recipes, evaluate and report in one go."),
     "inspect": ("klquant.cli.inspect", "Show what a checkpoint stores how, and where the error is."),
