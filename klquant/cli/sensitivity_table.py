@@ -33,8 +33,8 @@ def _table(result: Sensitivity) -> Table:
     table.add_column("", no_wrap=True)
     for name in ("grid", "weights", "saved", "KLD", "±", "99 %", "top-1 same"):
         table.add_column(name, justify="right", no_wrap=True)
-    for entry in result.entries:
-        table.add_row(entry.part.name.replace("_", " "), *_cells(entry), style="bold" if _whole(entry) else "")
+    for entry in result.ranked:
+        table.add_row(entry.part.name.replace("_", " "), *_cells(entry), style="bold" if entry.part.is_whole else "")
     if result.floor is not None:
         q = result.floor.overall
         cells = ["", "", "", f"{q.kld.mean:.4f}", half(q.kld), f"{q.kld.p99:.3f}", f"{q.top1.mean:.1%}"]
@@ -49,7 +49,3 @@ def _cells(entry: Entry) -> list[str]:
         grid, count(part.weights), decimal(part.bytes_before - part.bytes_after), f"{q.kld.mean:.4f}", half(q.kld),
         f"{q.kld.p99:.3f}", f"{q.top1.mean:.1%}",
     ]  # fmt: skip
-
-
-def _whole(entry: Entry) -> bool:
-    return entry.part.tensor_class is None and entry.part.layer is None

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.checkpoint.layout import packed_parts
@@ -37,7 +38,7 @@ TITLES: dict[BaselineMethod, str] = {
     "rtn": "RTN", "nf4": "NF4 (bnb)", "nf4-double": "NF4 double (bnb)", "int8": "LLM.int8 (bnb)",
 }  # fmt: skip
 SCHEMES = {"nf4": "NF4 b64", "nf4-double": "NF4 b64, absmax in 8 bits", "int8": "INT8 row"}
-NOTES = {"int8": "LLM.int8: weights only; the rounding of activations that it does at run time is not modelled"}
+NOTES = {"int8": "only the rounding of weights is modelled, not that of activations at run time"}
 
 
 def plan_for(reader: QuantizedReader, recipe: Recipe) -> Plan:
@@ -171,8 +172,11 @@ def _rtn(w_NK: Tensor, spec: WeightSpec) -> Tensor:
 
 
 def _nf4(functions, w_NK: Tensor, double: bool) -> Tensor:
-    codes, state = functions.quantize_4bit(w_NK, blocksize=BLOCK, compress_statistics=double, quant_type="nf4")
-    return functions.dequantize_4bit(codes, state)
+    """Blocks run over the flattened matrix. It is given as rows of one block, zeros after the last weight: on CPUs,
+    bitsandbytes 0.50 decodes rows that are not whole blocks with their neighbours' absmax."""
+    rows = F.pad(w_NK.flatten(), (0, -w_NK.numel() % BLOCK)).view(-1, BLOCK)
+    codes, state = functions.quantize_4bit(rows, blocksize=BLOCK, compress_statistics=double, quant_type="nf4")
+    return functions.dequantize_4bit(codes, state).flatten()[: w_NK.numel()].view_as(w_NK)
 
 
 def _int8(functions, w_NK: Tensor) -> Tensor:

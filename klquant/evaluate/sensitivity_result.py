@@ -23,6 +23,10 @@ class SensitivePart(Part):
     bytes_before: int
     bytes_after: int
 
+    @property
+    def is_whole(self) -> bool:
+        return self.tensor_class is None and self.layer is None
+
 
 class Quantizer(Part):
     """How parts were quantized: rounded to nearest on the grids of `recipe`, or as the checkpoint `name` has them."""
@@ -58,6 +62,15 @@ class Sensitivity(Part):
     left_out: list[str]
     notes: list[str]
     provenance: Provenance
+
+    @property
+    def ranked(self) -> list[Entry]:
+        """Everything first; then layers in their order, or classes from the costliest to the cheapest."""
+
+        def place(e: Entry) -> tuple:
+            return not e.part.is_whole, e.part.layer is None, e.part.layer or 0, -e.overall.kld.mean
+
+        return sorted(self.entries, key=place)
 
 
 def load_sensitivity(path: Path) -> Sensitivity:
