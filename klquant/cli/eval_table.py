@@ -90,8 +90,8 @@ def _cells(q: Quality) -> list[str]:
     if q.kld is None:
         return [first, perplexity]
     change = f"{100 * (q.perplexity_ratio.mean - 1):+.2f} %"
-    return [first, f"{q.kld.mean:.4f}", half(q.kld), f"{q.kld.p99:.3f}", f"{q.top1.mean:.1%}", perplexity, change]
+    return [first, f"{q.kld.mean:.4f}", _half(q.kld), f"{q.kld.p99:.3f}", f"{q.top1.mean:.1%}", perplexity, change]
 
 
-def half(x: Interval) -> str:
+def _half(x: Interval) -> str:
     return "" if x.low is None else f"{(x.high - x.low) / 2:.4f}"

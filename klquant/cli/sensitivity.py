@@ -14,7 +14,7 @@ _DEFAULT = EvalOptions()
 
 
 @click.command("sensitivity")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.option("--recipe", metavar="NAME|FILE",
               help=f"Round parts to nearest on this recipe's grids.  [default: {DEFAULT_RECIPE}]")  # fmt: skip
 @click.option("--quantized", type=click.Path(path_type=Path), metavar="CHECKPOINT",
@@ -35,18 +35,19 @@ _DEFAULT = EvalOptions()
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The result, a JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result instead of a table.")
 def command(
-    model: Path, recipe: str | None, quantized: Path | None, by: By, minutes: float | None, data: tuple[str, ...],
+    model: str, recipe: str | None, quantized: Path | None, by: By, minutes: float | None, data: tuple[str, ...],
     windows: int, window: int, device: str, dtype: DtypeName | None, reference_cache: Path | None, out: Path,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure the divergence from MODEL, a 16-bit checkpoint, when only one class of its tensors, or one layer, is
-    quantized: rounded without calibration, or as in a quantized checkpoint.
+    """Measure what each class of tensors, or each layer, costs: the divergence from MODEL when only that is quantized.
 
-    The result is one for klquant report. The same command again measures what is missing.
+    MODEL is in 16 bits, a folder or a hub id (owner/name). Parts are rounded without calibration, or taken from a
+    quantized checkpoint. The result is one for klquant report. The same command again measures what is missing.
     """
     if recipe is not None and quantized is not None:
         raise click.UsageError("--recipe and --quantized exclude each other")
     quantizer = quantized or load_recipe(recipe or DEFAULT_RECIPE)
+    from klquant.checkpoint.hub import resolve_model
     from klquant.cli.eval_table import Bar
     from klquant.cli.sensitivity_table import print_sensitivity
     from klquant.evaluate.sensitivity import sensitivity
@@ -56,8 +57,9 @@ def command(
         data=",".join(data), windows=windows, window=window, device=str(pick_device(device)), dtype=dtype,
         reference_cache=reference_cache, command=("klquant", *sys.argv[1:]),
     )  # fmt: skip
+    folder = resolve_model(model, weights=True)
     with Bar() as bar:
-        result = sensitivity(model, quantizer, out, by, options, minutes, bar)
+        result = sensitivity(folder, quantizer, out, by, options, minutes, bar)
     if as_json:
         click.echo(json.dumps(result.model_dump(mode="json"), indent=1))
     else:

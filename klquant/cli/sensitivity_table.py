@@ -5,8 +5,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.eval_table import half
 from klquant.cli.render import console, count, decimal
+from klquant.evaluate.result import Quality
 from klquant.evaluate.sensitivity_result import Entry, Sensitivity
 
 
@@ -31,21 +31,23 @@ def print_sensitivity(result: Sensitivity, path: Path) -> None:
 def _table(result: Sensitivity) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("", no_wrap=True)
-    for name in ("grid", "weights", "saved", "KLD", "±", "99 %", "top-1 same"):
+    for name in ("grid", "weights", "saved", "KLD", "±", "top-1 same"):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in result.ranked:
         table.add_row(entry.part.name.replace("_", " "), *_cells(entry), style="bold" if entry.part.is_whole else "")
     if result.floor is not None:
         q = result.floor.overall
-        cells = ["", "", "", f"{q.kld.mean:.4f}", half(q.kld), f"{q.kld.p99:.3f}", f"{q.top1.mean:.1%}"]
+        cells = ["", "", "", *_quality(q)]
         table.add_row("floor", *cells, style="dim")
     return table
 
 
 def _cells(entry: Entry) -> list[str]:
-    part, q = entry.part, entry.overall
+    part = entry.part
     grid = next(iter(part.scheme)) if len(part.scheme) == 1 else ""
-    return [
-        grid, count(part.weights), decimal(part.bytes_before - part.bytes_after), f"{q.kld.mean:.4f}", half(q.kld),
-        f"{q.kld.p99:.3f}", f"{q.top1.mean:.1%}",
-    ]  # fmt: skip
+    return [grid, count(part.weights), decimal(part.bytes_before - part.bytes_after), *_quality(entry.overall)]
+
+
+def _quality(q: Quality) -> list[str]:
+    half = "" if q.kld.low is None else f"{(q.kld.high - q.kld.low) / 2:.5f}"
+    return [f"{q.kld.mean:.5f}", half, f"{q.top1.mean:.1%}"]

@@ -43,7 +43,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Substitute:
     """All matrices that are quantized: their grids by module, their values, and what the result says of them.
     `notes` are for the user."""
 
@@ -108,16 +108,16 @@ def sensitivity(
     return found
 
 
-def rounded(base: DeviceSource, recipe: Recipe) -> Quantized:
+def rounded(base: DeviceSource, recipe: Recipe) -> Substitute:
     """The matrices that `recipe` quantizes, rounded to nearest on its grids whatever its algorithms are."""
     specs = plan_for(base.reader, recipe).specs()
     source = Rounded(base.reader, rounding("rtn", specs), base.device, f"{base.name} rounded")
     grids = hashlib.sha256(repr([(module, str(spec)) for module, spec in specs.items()]).encode()).hexdigest()
     said = Quantizer(method="rtn", name=f"recipe {recipe.name}", recipe=recipe.name, fingerprint=grids)
-    return Quantized(specs, source, said, [])
+    return Substitute(specs, source, said, [])
 
 
-def stored(base: DeviceSource, folder: Path) -> Quantized:
+def stored(base: DeviceSource, folder: Path) -> Substitute:
     """The matrices of a quantized checkpoint of the same model, as they are.
 
     Raises UserError unless each of them can stand in `base` alone.
@@ -130,7 +130,7 @@ def stored(base: DeviceSource, folder: Path) -> Quantized:
     said = Quantizer(
         method="checkpoint", name=str(folder), recipe=made and made.recipe, fingerprint=reader.files.fingerprint()
     )
-    return Quantized(reader.specs, DeviceSource(reader, base.device), said, notes)
+    return Substitute(reader.specs, DeviceSource(reader, base.device), said, notes)
 
 
 def _resumed(out: Path, new: Sensitivity) -> Sensitivity:

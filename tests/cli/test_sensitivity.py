@@ -54,7 +54,7 @@ def test_a_table_is_shown_and_the_same_command_goes_on(args, work, tmp_path, mon
     rows = {line[:22].strip(): line[22:].split() for line in done.stdout.splitlines()}
     for entry in result.entries:
         cells = rows[entry.part.name.replace("_", " ")]
-        assert f"{entry.overall.kld.mean:.4f}" in cells
+        assert f"{entry.overall.kld.mean:.5f}" in cells
     assert rows["head"][:2] == ["INT8", "g32"]
 
 
