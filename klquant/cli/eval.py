@@ -7,7 +7,8 @@ from typing import get_args
 
 import click
 
-from klquant.evaluate.options import DtypeName, EvalOptions, StoreKind
+from klquant.evaluate.options import BaselineMethod, DtypeName, EvalOptions, StoreKind
+from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
 
 _DEFAULT = EvalOptions()
 
@@ -15,6 +16,10 @@ _DEFAULT = EvalOptions()
 @click.command("eval")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), help="The 16-bit checkpoint to compare with.")
+@click.option("--as", "method", type=click.Choice(get_args(BaselineMethod)),
+              help="Evaluate MODEL rounded by another method, against itself, for comparison.")  # fmt: skip
+@click.option("--recipe", metavar="NAME|FILE",
+              help=f"With --as: the recipe whose tensors are rounded.  [default: {DEFAULT_RECIPE}]")  # fmt: skip
 @click.option("--data", multiple=True, default=(_DEFAULT.data,), show_default=True,
               help="Text files, folders of them, or a mix; each file is a domain. Can be repeated.")  # fmt: skip
 @click.option("--windows", type=click.IntRange(1), default=_DEFAULT.windows, show_default=True,
@@ -31,27 +36,34 @@ _DEFAULT = EvalOptions()
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The result, a JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result instead of a table.")
 def command(
-    model: Path, against: Path | None, data: tuple[str, ...], windows: int, window: int, device: str,
-    dtype: DtypeName | None, floor: bool, store: StoreKind | None, reference_cache: Path | None, out: Path,
-    as_json: bool,
+    model: Path, against: Path | None, method: BaselineMethod | None, recipe: str | None, data: tuple[str, ...],
+    windows: int, window: int, device: str, dtype: DtypeName | None, floor: bool, store: StoreKind | None,
+    reference_cache: Path | None, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Score MODEL on text: its divergence from the checkpoint --against, perplexity, where it differs, and its size.
 
     MODEL is in 16 bits or quantized. The reference runs once for all its variants, layer by layer if it does not fit.
     The same command again goes on where it was stopped.
     """
+    if method is not None and against is not None:
+        raise click.UsageError("--as compares MODEL with itself: leave out --against")
+    if recipe is not None and method is None:
+        raise click.UsageError("--recipe needs --as")
+    chosen = None if method is None else load_recipe(recipe or DEFAULT_RECIPE)
     from klquant.cli.eval_table import Bar, print_result
     from klquant.core.device import pick_device
+    from klquant.evaluate.baselines import baseline_of
     from klquant.evaluate.run import evaluate
 
-    if floor and against is None:
+    if floor and against is None and method is None:
         raise click.UsageError("--floor needs --against")
     options = EvalOptions(
         data=",".join(data), windows=windows, window=window, device=str(pick_device(device)), dtype=dtype, store=store,
         reference_cache=reference_cache, floor=floor, command=("klquant", *sys.argv[1:]),
     )  # fmt: skip
+    baseline = None if method is None else baseline_of(model, chosen, method)
     with Bar() as bar:
-        result = evaluate(model, against, out, options, bar)
+        result = evaluate(model, against, out, options, bar, baseline)
     if as_json:
         click.echo(json.dumps(result.model_dump(mode="json"), indent=1))
     else:

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("klquant.cli.generate", "Answer a prompt, as the answer comes."),
     "chat": ("klquant.cli.chat", "Talk with a model; its state stays from turn to turn."),
     "bench": ("klquant.cli.bench", "Time prefill and decode here, and show memory and bandwidth."),
+    "sensitivity": ("klquant.cli.sensitivity", "Measure what each class or layer costs when only it is quantized."),
     "report": ("klquant.cli.report", "Compare results of eval in one page: size, quality, where it errs."),
     "sweep": ("klquant.cli.sweep", "Quantize by several recipes, evaluate and report in one go."),
     "inspect": ("klquant.cli.inspect", "Show what a checkpoint stores how, and where the error is."),

@@ -18,6 +18,8 @@ from klquant.errors import UserError
 def command(results: tuple[Path, ...], out: Path | None, form: str | None) -> None:
     """Compare RESULTs, files of `klquant eval` against one reference on the same text, in one report.
 
+    Files of `klquant sensitivity` on that text may be among them: what each part of the model costs.
+
     HTML is a single file that fetches nothing: sizes and the cards they fit, quality with its noise floor, where the
     error is, plots of accuracy against size, and what it takes to repeat it.
     """

@@ -14,12 +14,13 @@ from klquant.cli.main import Failure
 from klquant.cli.quantize import _with_calibration
 from klquant.cli.report import require_plots, write_report
 from klquant.errors import UserError
-from klquant.evaluate.options import DtypeName, EvalOptions
+from klquant.evaluate.options import BaselineMethod, DtypeName, EvalOptions
 from klquant.recipe.schema import Recipe, load_recipe
 from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
 
 if TYPE_CHECKING:
     from klquant.checkpoint.reader import CheckpointReader
+    from klquant.evaluate.baselines import BaselineModel
     from klquant.evaluate.result import Result
     from klquant.pipeline.run import RunOptions
     from klquant.recipe.plan import Plan
@@ -29,6 +30,7 @@ DEFAULT_RECIPES = "int8,int4,int3"
 SETTINGS = "sweep.json"
 CACHE = "reference-cache"
 MODELS, RESULTS = "models", "results"
+BASELINE = "baseline-"  # before the names of baselines' results
 
 
 @click.command("sweep")
@@ -36,6 +38,8 @@ MODELS, RESULTS = "models", "results"
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="DIR",
               help="Folder for checkpoints, results and the report.")  # fmt: skip
 @click.option("--recipes", default=DEFAULT_RECIPES, show_default=True, help="Built-in names or .yaml files.")
+@click.option("--baselines", default="", metavar="LIST",
+              help=f"Also other methods on the same tensors: {', '.join(get_args(BaselineMethod))}.")  # fmt: skip
 @click.option("--target", type=click.Choice(list(TARGETS)), default=DEFAULT_TARGET, show_default=True,
               help="The engine that will load the results.")  # fmt: skip
 @click.option("--calib", multiple=True, metavar="MIX|FILE", help="Calibration text.  [default: each recipe's]")
@@ -51,9 +55,9 @@ MODELS, RESULTS = "models", "results"
 @click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
 @click.option("--dtype", type=click.Choice(get_args(DtypeName)), help="Evaluation's arithmetic.  [default: by device]")
 def command(
-    model: str, out: Path, recipes: str, target: str, calib: tuple[str, ...], calib_tokens: int | None,
-    calib_window: int | None, data: tuple[str, ...], windows: int, window: int, device: str | None,
-    dtype: DtypeName | None,
+    model: str, out: Path, recipes: str, baselines: str, target: str, calib: tuple[str, ...],
+    calib_tokens: int | None, calib_window: int | None, data: tuple[str, ...], windows: int, window: int,
+    device: str | None, dtype: DtypeName | None,
 ) -> None:  # fmt: skip
     """Quantize MODEL by each recipe, evaluate every result against MODEL, and report how accuracy trades for size.
 
@@ -61,6 +65,7 @@ def command(
     """
     require_plots()
     chosen = [_with_calibration(recipe, calib_tokens, calib_window) for recipe in _recipes(recipes)]
+    methods = _methods(baselines)
     import torch
 
     from klquant.checkpoint.hub import resolve_model
@@ -81,7 +86,7 @@ def command(
                     reference_cache=out / CACHE, command=("klquant", *sys.argv[1:])),
     )  # fmt: skip
     try:
-        sweep.run(plans)
+        sweep.run(plans, methods)
     except KeyboardInterrupt:
         raise Failure("interrupted: the same command goes on", 130) from None
 
@@ -91,6 +96,18 @@ def _recipes(names: str) -> list[Recipe]:
     doubles = sorted({r.name for r in chosen if sum(other.name == r.name for other in chosen) > 1})
     if doubles or not chosen:
         raise UserError(f"--recipes: {doubles[0]!r} comes twice" if doubles else "--recipes names no recipe")
+    return chosen
+
+
+def _methods(names: str) -> list[BaselineMethod]:
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    for name in chosen:
+        if name not in get_args(BaselineMethod):
+            raise UserError(f"--baselines: unknown {name!r}; known: {', '.join(get_args(BaselineMethod))}")
+    if any(name != "rtn" for name in chosen):
+        from klquant.evaluate.baselines import bitsandbytes
+
+        bitsandbytes()
     return chosen
 
 
@@ -104,17 +121,25 @@ class Sweep:
     making: "RunOptions"
     judging: EvalOptions
 
-    def run(self, plans: list["Plan"]) -> None:
+    def run(self, plans: list["Plan"], methods: list[BaselineMethod]) -> None:
+        from klquant.checkpoint.quantized import QuantizedReader
         from klquant.cli.render import console
+        from klquant.evaluate.baselines import baselines
         from klquant.report.comparison import Comparison
 
         self._claim()
         self._require_room(plans)
-        screen, results = console(), []
+        screen, results, others = console(), [], baselines(QuantizedReader(self.reader, None), plans, methods)
+        count = len(plans) + len(others)
         for number, plan in enumerate(plans, 1):
-            screen.rule(f"{plan.recipe.name}, {number} of {len(plans)}", align="left", style="dim")
+            screen.rule(f"{plan.recipe.name}, {number} of {count}", align="left", style="dim")
             self._make(plan, screen)
             results.append((str(self._result(plan)), self._judge(plan)))
+            screen.print(_line(results[-1][1]))
+        for number, baseline in enumerate(others, len(plans) + 1):
+            screen.rule(f"{baseline.title}, a baseline, {number} of {count}", align="left", style="dim")
+            file = self.out / RESULTS / f"{BASELINE}{baseline.method}-{baseline.fingerprint[:8]}.json"
+            results.append((str(file), self._judge_baseline(baseline, file)))
             screen.print(_line(results[-1][1]))
         screen.rule("report", align="left", style="dim")
         comparison = Comparison.of(results)
@@ -143,18 +168,22 @@ class Sweep:
     def _judge(self, plan: "Plan") -> "Result":
         from klquant.checkpoint.quantized import QuantizedReader
         from klquant.cli.eval_table import Bar
-        from klquant.evaluate.result import load_result
         from klquant.evaluate.run import evaluate
 
         folder, file = self._folder(plan), self._result(plan)
-        try:
-            found = load_result(file)
-        except UserError:  # not there yet, or another version's: made again
-            found = None
-        if found is not None and found.model.fingerprint == QuantizedReader.open(folder).files.fingerprint():
+        if found := _found(file, QuantizedReader.open(folder).files.fingerprint()):
             return found
         with Bar() as bar:
             return evaluate(folder, self.model, file, self.judging, bar)
+
+    def _judge_baseline(self, baseline: "BaselineModel", file: Path) -> "Result":
+        from klquant.cli.eval_table import Bar
+        from klquant.evaluate.run import evaluate
+
+        if found := _found(file, baseline.fingerprint):
+            return found
+        with Bar() as bar:
+            return evaluate(self.model, None, file, self.judging, bar, baseline)
 
     def _claim(self) -> None:
         """Make the folder, or find it as it was left. Raises UserError when it is another sweep's."""
@@ -200,6 +229,17 @@ class Sweep:
 
     def _result(self, plan: "Plan") -> Path:
         return self.out / RESULTS / f"{plan.recipe.name}.json"
+
+
+def _found(file: Path, fingerprint: str) -> "Result | None":
+    """A finished result of these weights; None where it is not there yet, or another version's: made again."""
+    from klquant.evaluate.result import load_result
+
+    try:
+        found = load_result(file)
+    except UserError:
+        return None
+    return found if found.model.fingerprint == fingerprint else None
 
 
 def _line(result: "Result") -> str:

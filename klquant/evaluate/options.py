@@ -6,6 +6,8 @@ from typing import Literal, Protocol
 
 StoreKind = Literal["full", "topk"]
 DtypeName = Literal["float32", "bfloat16"]
+BaselineMethod = Literal["rtn", "nf4", "nf4-double", "int8"]
+By = Literal["class", "layer"]
 
 
 @dataclass(frozen=True)

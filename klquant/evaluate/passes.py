@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from klquant.checkpoint.quantized import QuantizedReader
 from klquant.evaluate.options import DtypeName, StoreKind, Watcher
 from klquant.evaluate.result import Arithmetic, Floor, Reference
 from klquant.evaluate.score import model_window, reference_window
+from klquant.evaluate.source import Source
 from klquant.evaluate.statistics import by_layer, by_position, quality
 from klquant.evaluate.store import SAMPLES, TOP
 from klquant.evaluate.text import EvalText
@@ -54,7 +54,7 @@ class Passes:
         arithmetic = self.arithmetic(dtype).model_dump()
         return {"schema": SCHEMA, "weights": fingerprint, "windows": self.text.sha256, "arithmetic": arithmetic}
 
-    def reference(self, reader: QuantizedReader, reference: Reference, caches: Path) -> WindowFolder:
+    def reference(self, source: Source, reference: Reference, caches: Path) -> WindowFolder:
         """The reference's windows in a folder of `caches` named by their purpose, computed where they lack."""
         purpose = self.purpose(reference.checkpoint.fingerprint, self.dtype)
         purpose |= {"store": self.store, "top": TOP, "samples": SAMPLES}
@@ -64,20 +64,26 @@ class Passes:
         def make(runner: Runner, trace: Trace, i: int) -> dict[str, Tensor]:
             return reference_window(runner, trace, i, self.text.ids_WS[trace.windows[i]], self.store)
 
-        self._pass(reader, self.dtype, cache, make, "reference")
+        self._pass(source, self.dtype, cache, make, "reference")
         return cache
 
-    def floor(self, reader: QuantizedReader, reference: Reference, cache: WindowFolder) -> Floor:
+    def floor(self, source: Source, reference: Reference, cache: WindowFolder) -> Floor:
         """The reference's weights in the other precision, against the reference; kept in its cache."""
         dtype = OTHER[self.dtype]
         purpose = self.purpose(reference.checkpoint.fingerprint, dtype)
-        folder = WindowFolder.open(cache.folder / f"floor-{dtype}", purpose)
-        scored = self.compare(reader, dtype, cache, folder, f"floor, {dtype}")
+        folder = WindowFolder.open(self._floor_folder(cache), purpose)
+        scored = self.compare(source, dtype, cache, folder, f"floor, {dtype}")
         what = f"the reference's weights computed in {dtype} instead of {self.dtype}"
-        return Floor(what=what, arithmetic=self.arithmetic(dtype), **self.figures(scored, reader))
+        return Floor(what=what, arithmetic=self.arithmetic(dtype), **self.figures(scored, source))
+
+    def known_floor(self, source: Source, reference: Reference, cache: WindowFolder) -> Floor | None:
+        """The floor where an evaluation has measured it before, None where that would take a pass."""
+        folder = WindowFolder(self._floor_folder(cache))
+        known = all(window in folder for window in range(len(self.text.ids_WS)))
+        return self.floor(source, reference, cache) if known else None
 
     def compare(
-        self, reader: QuantizedReader, dtype: DtypeName, cache: WindowFolder | None, folder: WindowFolder, stage: str
+        self, source: Source, dtype: DtypeName, cache: WindowFolder | None, folder: WindowFolder, stage: str
     ) -> Scored:
         """Score the windows that `folder` lacks, against the cache if there is one; returns all of them."""
 
@@ -87,14 +93,14 @@ class Passes:
             return model_window(runner, trace, i, self.text.ids_WS[window], self.store, reference)
 
         started = time.monotonic()
-        windows = self._pass(reader, dtype, folder, make, stage)
+        windows = self._pass(source, dtype, folder, make, stage)
         seconds = time.monotonic() - started
         records = [folder.read(w).tensors() for w in range(len(self.text.ids_WS))]
         return Scored(records, seconds, windows * self.text.ids_WS.shape[1])
 
-    def figures(self, scored: Scored, reader: QuantizedReader) -> dict:
+    def figures(self, scored: Scored, source: Source) -> dict:
         """overall, domains, positions and layers of a result."""
-        config, records = reader.config, scored.records
+        config, records = source.config, scored.records
         groups = {name: [records[w] for w in rows] for name, rows in self.text.windows_of().items()}
         overall = quality(groups)
         kinds = [(config.is_mla(layer), config.is_moe(layer)) for layer in range(config.num_layers)]
@@ -105,8 +111,11 @@ class Passes:
             "layers": by_layer(records, kinds),
         }
 
+    def _floor_folder(self, cache: WindowFolder) -> Path:
+        return cache.folder / f"floor-{OTHER[self.dtype]}"
+
     def _pass(
-        self, reader: QuantizedReader, dtype: DtypeName, folder: WindowFolder,
+        self, source: Source, dtype: DtypeName, folder: WindowFolder,
         make: Callable[[Runner, Trace, int], dict[str, Tensor]], stage: str,
     ) -> int:  # fmt: skip
         """Write the windows that `folder` lacks; returns how many there were."""
@@ -114,9 +123,9 @@ class Passes:
         missing = [w for w in range(len(ids_WS)) if w not in folder]
         if not missing:
             return 0
-        runner = Runner(reader, DTYPES[dtype], self.device)
+        runner = Runner(source, DTYPES[dtype], self.device)
         batches = [b for b in runner.batches(ids_WS) if any(w in missing for w in b)]
-        steps = reader.config.num_layers + 1  # the head counts as a layer
+        steps = source.config.num_layers + 1  # the head counts as a layer
         self.watcher.begin(stage, steps * sum(map(len, batches)) * ids_WS.shape[1])
         for trace in runner.run(ids_WS, batches, self.watcher.advance):
             for i, window in enumerate(trace.windows):

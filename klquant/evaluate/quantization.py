@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import torch
+
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.index import read_json
-from klquant.checkpoint.names import parse_name
+from klquant.checkpoint.names import expected_tensors, parse_name
+from klquant.checkpoint.quantized import QuantizedReader
+from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.verify import PROVENANCE
 from klquant.errors import UserError
 from klquant.evaluate.result import ErrorRow, Quantization
@@ -47,3 +51,28 @@ def calibrated_on(folder: Path) -> set[str]:
     """Where the calibration text of a checkpoint came from (`Source.origin`)."""
     text = (read_provenance(folder) or {}).get("calibration") or {}
     return {source["origin"] for source in text.get("sources", [])}
+
+
+def require_own_scales(reader: QuantizedReader, base: QuantizedReader) -> None:
+    """Raises UserError unless each quantized matrix of `reader` approximates that of `base`, and all else is equal.
+
+    AWQ folds scales from one tensor into another: what it makes is equal only as a whole.
+    """
+    folder = reader.files.folder
+    records = (read_provenance(folder) or {}).get("tensors") or {}
+    if any(record.get("algorithm") == "awq" for record in records.values()):
+        raise UserError(f"{folder}: made by AWQ, which folds scales into other tensors; no part of it can stand alone")
+    if reader.config != base.config:
+        raise UserError(f"{folder}: its config is not that of {base.files.folder}; it is of another model")
+    for name in expected_tensors(reader.config):
+        if reader.spec(name.removesuffix(".weight")) is None and not _equal(reader.files, base.files, name):
+            raise UserError(
+                f"{folder}: {name} is kept, but differs from that of {base.files.folder}; scales were folded into it "
+                "(AWQ), or it is of another model, and no part of it can stand alone"
+            )
+
+
+def _equal(a: CheckpointReader, b: CheckpointReader, name: str) -> bool:
+    if (a.info(name).dtype, a.info(name).shape) != (b.info(name).dtype, b.info(name).shape):
+        return False
+    return all(torch.equal(x, y) for x, y in zip(a.chunks(name), b.chunks(name), strict=True))

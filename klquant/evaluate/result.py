@@ -3,20 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from klquant.errors import UserError
-from klquant.evaluate.options import DtypeName, StoreKind
+from klquant.evaluate.options import BaselineMethod, DtypeName, StoreKind
+from klquant.evaluate.part import Part
 
 SCHEMA = 1
-
-
-class Part(BaseModel):
-    """Unknown keys are errors; non-finite numbers are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Interval(Part):
@@ -107,13 +102,25 @@ class Size(Part):
     memory: list[MemoryAt]
 
 
+class Baseline(Part):
+    """Another method on the tensors that `recipe` quantizes, for comparison only (klquant/evaluate/baselines.py).
+    `title`: its short name."""
+
+    method: BaselineMethod
+    title: str
+    recipe: str
+    library: str | None
+
+
 class Checkpoint(Part):
-    """`name` as given on the command line; `scheme`: grid → matrices stored so, "kept" for those in 16 bits."""
+    """`name` as given on the command line; `scheme`: grid → matrices stored so, "kept" for those in 16 bits. A
+    baseline is no checkpoint on a disk: its size is counted from what its method stores."""
 
     name: str
     fingerprint: str
     scheme: dict[str, int]
     size: Size
+    baseline: Baseline | None = None
 
 
 class Arithmetic(Part):
@@ -214,39 +221,56 @@ class Result(Part):
     provenance: Provenance
 
 
+class Comparable(Protocol):
+    """What decides whether figures may stand beside others."""
+
+    arithmetic: Arithmetic
+    reference: Reference | None
+    data: Data
+
+
 def load_result(path: Path) -> Result:
     """Read a result file. Raises UserError, naming the file, when it is missing, cut off, or of another schema."""
+    return load(path, Result)
+
+
+def load(path: Path, *models: type[Part]) -> Part:
+    """Read a file of one of `models`, which tell apart by `kind`. Raises UserError as `load_result` does."""
+    kinds = {model.model_fields["kind"].default: model for model in models}
+    writers = " or ".join(kind.replace("-", " ", 1) for kind in kinds)
     try:
         text = path.read_text(encoding="utf-8")
         raw = json.loads(text)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; klquant eval writes it") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {writers} writes it") from None
     except ValueError:
-        raise UserError(f"{path}: not whole JSON, perhaps cut off; run klquant eval again") from None
-    if not isinstance(raw, dict) or raw.get("kind") != "klquant-eval":
-        raise UserError(f"{path}: not a result of klquant eval")
-    if raw.get("schema_version") != SCHEMA:
-        raise UserError(
-            f"{path}: result schema {raw.get('schema_version')!r}, this klquant reads {SCHEMA}; run klquant eval again"
-        )
+        raise UserError(f"{path}: not whole JSON, perhaps cut off; run {writers} again") from None
+    kind = raw.get("kind") if isinstance(raw, dict) else None
+    model = kinds.get(kind) if isinstance(kind, str) else None
+    if model is None:
+        raise UserError(f"{path}: not a result of {writers}")
+    again, version = f"run {kind.replace('-', ' ', 1)} again", model.model_fields["schema_version"].default
+    if raw.get("schema_version") != version:
+        raise UserError(f"{path}: result schema {raw.get('schema_version')!r}, this klquant reads {version}; {again}")
     try:
-        return Result.model_validate_json(text, strict=True)
+        return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where}: {first['msg']}; run klquant eval again") from None
+        raise UserError(f"{path}: {where}: {first['msg']}; {again}") from None
 
 
-def check_comparable(results: Sequence[tuple[str, Result]]) -> None:
+def check_comparable(results: Sequence[tuple[str, Comparable]]) -> None:
     """Raises UserError unless the (named) results may stand in one table: same windows, reference and arithmetic."""
     (first_name, first), *others = results
     for name, other in others:
-        reason = _difference(first, other)
+        reason = difference(first, other)
         if reason is not None:
             raise UserError(f"{first_name} and {name} cannot be compared: {reason}")
 
 
-def _difference(a: Result, b: Result) -> str | None:
+def difference(a: Comparable, b: Comparable) -> str | None:
+    """Why two results cannot be compared, None where they can."""
     if a.data.window != b.data.window:
         return f"windows of {a.data.window} and {b.data.window} tokens"
     windows = [[(d.name, d.windows) for d in r.data.domains] for r in (a, b)]

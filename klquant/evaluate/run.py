@@ -13,11 +13,13 @@ from klquant.calibrate.tokenizer import Tokenizer, load_tokenizer
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.writer import write_json
 from klquant.errors import UserError
+from klquant.evaluate.baselines import BaselineModel
 from klquant.evaluate.options import EvalOptions, Silent, StoreKind, Watcher
 from klquant.evaluate.passes import Passes
 from klquant.evaluate.quantization import calibrated_on, quantization
 from klquant.evaluate.result import Data, DomainText, Provenance, Quantization, Reference, Result
 from klquant.evaluate.size import describe
+from klquant.evaluate.source import DeviceSource
 from klquant.evaluate.text import EvalText, eval_text
 from klquant.evaluate.windows import WindowFolder
 
@@ -28,64 +30,93 @@ FULL_BYTES = 4_000_000_000
 
 
 def evaluate(
-    model: Path, against: Path | None, out: Path, options: EvalOptions, watcher: Watcher | None = None
-) -> Result:
+    model: Path, against: Path | None, out: Path, options: EvalOptions, watcher: Watcher | None = None,
+    baseline: BaselineModel | None = None,
+) -> Result:  # fmt: skip
     """Evaluate the checkpoint `model` against the checkpoint `against` and write the result to the file `out`.
 
-    Raises UserError for what the user can mend; finished windows then wait beside `out` for the next call.
+    With a `baseline` of `model` that is evaluated, against `model` itself. Raises UserError for what the user can mend;
+    finished windows then wait beside `out` for the next call.
     """
     watcher = watcher or Silent()
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"{out}: not a file in a folder that exists; choose another output")
-    ours = _open(model)
-    theirs = None if against is None else _open(against)
-    text = _text(ours, theirs, options)
-    made, notes = _made(ours)
-    notes = [*text.notes, *notes, *_overlap(model, text)]
+    require_file(out)
+    device = torch.device(options.device)
+    if baseline is None:
+        ours, theirs = open_model(model), None if against is None else open_model(against)
+        source, checkpoint = DeviceSource(ours, device), describe(ours, str(model))
+        made, notes = made_of(ours)
+    else:
+        ours, theirs, against = baseline.reader, baseline.reader, model
+        source, checkpoint = baseline.source(device), baseline.checkpoint()
+        made, notes = None, baseline.notes
+    passes = prepare(ours, theirs or ours, options, watcher)
+    text, dtype = passes.text, passes.dtype
+    notes = [*text.notes, *notes, *(overlap_of(model, text) if baseline is None else [])]
     for note in notes:
         watcher.note(note)
-    device = torch.device(options.device)
-    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    store = options.store or _affordable(text, ours)
-    passes = Passes(text, device, dtype, store, watcher)
-    checkpoint, arithmetic = describe(ours, str(model)), passes.arithmetic(dtype)
     reference = cache = floor = None
     if theirs is not None:
-        reference = Reference(checkpoint=describe(theirs, str(against)), arithmetic=arithmetic, store=store)
-        cache = passes.reference(theirs, reference, options.reference_cache or out.parent / CACHE)
-        floor = passes.floor(theirs, reference, cache) if options.floor else None
+        reference = Reference(
+            checkpoint=describe(theirs, str(against)), arithmetic=passes.arithmetic(dtype), store=passes.store
+        )
+        truth = DeviceSource(theirs, device)
+        cache = passes.reference(truth, reference, options.reference_cache or out.parent / CACHE)
+        floor = passes.floor(truth, reference, cache) if options.floor else None
     purpose = passes.purpose(checkpoint.fingerprint, dtype) | {"reference": cache and cache.folder.name}
     journal = WindowFolder.open(out.with_name(out.name + UNFINISHED), purpose)
-    scored = passes.compare(ours, dtype, cache, journal, "model")
+    scored = passes.compare(source, dtype, cache, journal, "model")
     result = Result(
         model=checkpoint,
-        arithmetic=arithmetic,
+        arithmetic=passes.arithmetic(dtype),
         reference=reference,
-        data=Data(spec=options.data, window=options.window, sha256=text.sha256,
-                  domains=[DomainText(**asdict(d)) for d in text.domains]),
-        **passes.figures(scored, ours),
+        data=data_of(text, options),
+        **passes.figures(scored, source),
         floor=floor,
         quantization=made,
         notes=notes,
-        provenance=Provenance(
-            command=list(options.command), versions=_versions(), device=_device_name(device),
-            threads=torch.get_num_threads(), seconds=scored.seconds, tokens=scored.tokens,
-        ),
-    )  # fmt: skip
+        provenance=provenance_of(options, scored.seconds, scored.tokens),
+    )
     write_json(out, result.model_dump(mode="json"))
     journal.remove()
     return result
 
 
-def _open(folder: Path) -> QuantizedReader:
+def require_file(out: Path) -> None:
+    """Raises UserError where no file can be written at `out`."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"{out}: not a file in a folder that exists; choose another output")
+
+
+def open_model(folder: Path) -> QuantizedReader:
     reader = QuantizedReader.open(folder)
     reader.check_complete()
     return reader
 
 
-def _text(ours: QuantizedReader, theirs: QuantizedReader | None, options: EvalOptions) -> EvalText:
-    """The windows, cut by the reference's tokenizer. Raises UserError where the model's would cut others."""
-    reader = theirs or ours
+def prepare(ours: QuantizedReader, theirs: QuantizedReader, options: EvalOptions, watcher: Watcher) -> Passes:
+    """Text, arithmetic and store of an evaluation of `ours` against `theirs`."""
+    text = _text(ours, theirs, options)
+    device = torch.device(options.device)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return Passes(text, device, dtype, options.store or _affordable(text, ours), watcher)
+
+
+def data_of(text: EvalText, options: EvalOptions) -> Data:
+    domains = [DomainText(**asdict(d)) for d in text.domains]
+    return Data(spec=options.data, window=options.window, sha256=text.sha256, domains=domains)
+
+
+def provenance_of(options: EvalOptions, seconds: float, tokens: int) -> Provenance:
+    return Provenance(
+        command=list(options.command), versions=_versions(), device=_device_name(torch.device(options.device)),
+        threads=torch.get_num_threads(), seconds=seconds, tokens=tokens,
+    )  # fmt: skip
+
+
+def _text(ours: QuantizedReader, reader: QuantizedReader, options: EvalOptions) -> EvalText:
+    """The windows, cut by the reference's tokenizer. Raises UserError where the model's would cut others.
+
+    `reader` is the reference's."""
     if ours.config.vocab_size != reader.config.vocab_size:
         raise UserError(
             f"{ours.files.folder}: vocabulary of {ours.config.vocab_size}, but {reader.files.folder} has "
@@ -105,7 +136,7 @@ def _cut(tokenizer: Tokenizer, options: EvalOptions) -> EvalText:
     return eval_text(options.data, tokenizer, windows=options.windows, window=options.window)
 
 
-def _made(reader: QuantizedReader) -> tuple[Quantization | None, list[str]]:
+def made_of(reader: QuantizedReader) -> tuple[Quantization | None, list[str]]:
     """How the model was quantized, and a note where its record cannot be read."""
     try:
         return quantization(reader.files.folder, reader.config), []
@@ -117,7 +148,7 @@ def _affordable(text: EvalText, reader: QuantizedReader) -> StoreKind:
     return "full" if text.ids_WS.numel() * reader.config.vocab_size * 2 <= FULL_BYTES else "topk"
 
 
-def _overlap(model: Path, text: EvalText) -> list[str]:
+def overlap_of(model: Path, text: EvalText) -> list[str]:
     shared = calibrated_on(model) & {d.origin for d in text.domains}
     return [f"the model was calibrated on text it is evaluated on: {origin}" for origin in sorted(shared)]
 

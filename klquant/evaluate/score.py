@@ -72,7 +72,7 @@ def _log_probs(runner: Runner, trace: Trace, i: int) -> Iterator[tuple[int, Tens
         logits_NV = head(runner.config, hidden_SC[None, start : start + step].to(runner.device))[0].float()
         if not is_finite(logits_NV):
             raise UserError(
-                f"{runner.reader.files.folder}: NaN or infinite logits (window {trace.windows[i]}), though every "
+                f"{runner.source.name}: NaN or infinite logits (window {trace.windows[i]}), though every "
                 "layer's output is finite; final norm or lm_head is not usable"
             )
         yield start, logits_NV.log_softmax(-1)

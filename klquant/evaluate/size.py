@@ -3,6 +3,7 @@
 from collections import Counter
 from math import prod
 
+from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.names import TensorClass, expected_tensors, parse_name
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.evaluate.result import Bits, Checkpoint, MemoryAt, Size
@@ -20,7 +21,13 @@ def describe(reader: QuantizedReader, name: str) -> Checkpoint:
 
 
 def size(reader: QuantizedReader) -> Size:
-    config, stored = reader.config, {name: info.nbytes for name, info in reader.files.tensors.items()}
+    infos = reader.files.tensors
+    disk = sum(path.stat().st_size for path in {info.shard for info in infos.values()})
+    return size_of(reader.config, {name: info.nbytes for name, info in infos.items()}, disk)
+
+
+def size_of(config: KimiLinearConfig, stored: dict[str, int], disk: int) -> Size:
+    """`stored`: bytes of each stored tensor, by its name or by the weight's that it is part of."""
     nbytes, weights = Counter(), Counter()
     for name, shape in expected_tensors(config).items():
         weights[parse_name(name, config).cls] += prod(shape)
@@ -34,21 +41,21 @@ def size(reader: QuantizedReader) -> Size:
         return 8 * sum(nbytes[c] for c in classes) / sum(weights[c] for c in classes)
 
     return Size(
-        disk=sum(path.stat().st_size for path in {info.shard for info in reader.files.tensors.values()}),
+        disk=disk,
         weights=weights.total(),
         bits=Bits(routed_experts=bits([TensorClass.ROUTED_EXPERTS]), always_active=bits(always),
                   whole=bits(list(TensorClass))),
-        memory=_memory(reader, stored),
+        memory=_memory(config, stored),
     )  # fmt: skip
 
 
-def _memory(reader: QuantizedReader, stored: dict[str, int]) -> list[MemoryAt]:
+def _memory(config: KimiLinearConfig, stored: dict[str, int]) -> list[MemoryAt]:
     """At each context: all on the card with a 16-bit cache, then the least: embedding off, cache at 8 bits."""
-    sizes = WeightSizes.of(stored, reader.config.num_layers)
+    sizes = WeightSizes.of(stored, config.num_layers)
     rows = []
     for bits in (16, 8):
-        for context in contexts(reader.config):
-            m = predict_memory(reader.config, sizes, context, cache_bits=bits, embedding_on_cpu=bits == 8)
+        for context in contexts(config):
+            m = predict_memory(config, sizes, context, cache_bits=bits, embedding_on_cpu=bits == 8)
             rows.append(MemoryAt(
                 context=m.context, cache_bits=m.cache_bits, embedding_on_cpu=m.embedding_on_cpu, weights=m.weights,
                 latent_cache=m.latent_cache, kda_state=m.kda_state, workspace_estimate=m.workspace,

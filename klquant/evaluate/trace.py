@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.names import expected_tensors
-from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import is_finite
 from klquant.core.memory import free_memory
 from klquant.errors import UserError
+from klquant.evaluate.source import Source
 from klquant.model.block import attend, mlp_inputs
 from klquant.model.forward import EMBEDDING, Head
 from klquant.model.kda import KDAState
@@ -53,31 +52,12 @@ def sampled_positions(length: int) -> slice:
     return slice((length - 1) % STRIDE, length, STRIDE)
 
 
-@dataclass(frozen=True)
-class DeviceSource:
-    """Weights of a checkpoint, dequantized on the device: on a GPU that takes no time beside reading them."""
-
-    reader: QuantizedReader
-    device: torch.device
-
-    @property
-    def config(self) -> KimiLinearConfig:
-        return self.reader.config
-
-    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        module = name.removesuffix(".weight")
-        if self.reader.spec(module) is None:
-            return self.reader.weight(name, dtype)
-        weight = self.reader.quantized(module).to(self.device)
-        return weight.decode(weight.scale.dtype).to(dtype)
-
-
 class Runner:
-    """Runs one checkpoint in `dtype` on `device`."""
+    """Runs the weights of one source in `dtype` on `device`."""
 
-    def __init__(self, reader: QuantizedReader, dtype: torch.dtype, device: torch.device) -> None:
-        self.reader, self.dtype, self.device = reader, dtype, device
-        self.config, self.source = reader.config, DeviceSource(reader, device)
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.dtype, self.device = source, dtype, device
+        self.config = source.config
         weights = sum(torch.Size(shape).numel() for shape in expected_tensors(self.config).values())
         self.resident = weights * dtype.itemsize <= RESIDENT_SHARE * free_memory(device)
         self._layers: dict[int, LayerWeights] = {}
@@ -124,7 +104,7 @@ class Runner:
 
     def _embed(self, ids_BS: Tensor) -> Tensor:
         if self._embedding is None:
-            self._embedding = self.reader.weight(EMBEDDING, self.dtype)
+            self._embedding = self.source.weight(EMBEDDING, self.dtype)
         return F.embedding(ids_BS, self._embedding)
 
     def _pass(self, w: LayerWeights, layer: int, trace: Trace) -> None:
@@ -142,7 +122,7 @@ class Runner:
         h = h + y_TC.view_as(h)
         if not is_finite(h):
             raise UserError(
-                f"{self.reader.files.folder}: NaN or infinite values first appear in the output of layer {layer} "
+                f"{self.source.name}: NaN or infinite values first appear in the output of layer {layer} "
                 f"({'MLA' if cfg.is_mla(layer) else 'KDA'}, counted from 0; {_where(h, trace.windows)}); "
                 "the weights of this layer or of one before it are not usable"
             )

@@ -6,7 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from klquant.errors import UserError
-from klquant.evaluate.result import Floor, Kld, MemoryAt, Quality, Reference, Result, check_comparable, load_result
+from klquant.evaluate.result import Floor, Kld, MemoryAt, Quality, Reference, Result, check_comparable, load
+from klquant.evaluate.sensitivity_result import Sensitivity
 from klquant.recipe.memory import CARDS
 
 PLOT_CONTEXT = 131_072  # tokens of context at which memory is compared
@@ -18,6 +19,11 @@ class Variant:
 
     name: str
     result: Result
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is there for comparison only: no checkpoint that could be taken."""
+        return self.result.model.baseline is not None
 
     @property
     def kld(self) -> Kld:
@@ -47,23 +53,32 @@ class Choice:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Variants from the largest to the smallest, all against `reference` over the same windows."""
+    """Variants from the largest to the smallest, all against `reference` over the same windows, and what is known of
+    the parts of the model, over those windows too."""
 
     variants: tuple[Variant, ...]
+    sensitivities: tuple[Sensitivity, ...] = ()
 
     @classmethod
     def load(cls, files: Sequence[Path]) -> "Comparison":
         """Raises UserError naming the file that cannot be read or cannot stand in one table with the others."""
-        return cls.of([(str(file), load_result(file)) for file in files])
+        loaded = [(str(file), load(file, Result, Sensitivity)) for file in files]
+        return cls.of([(name, x) for name, x in loaded if isinstance(x, Result)],
+                      [(name, x) for name, x in loaded if isinstance(x, Sensitivity)])  # fmt: skip
 
     @classmethod
-    def of(cls, results: Sequence[tuple[str, Result]]) -> "Comparison":
+    def of(
+        cls, results: Sequence[tuple[str, Result]], sensitivities: Sequence[tuple[str, Sensitivity]] = ()
+    ) -> "Comparison":
+        if not results:
+            raise UserError("a report needs a result of klquant eval; klquant sensitivity alone is none")
         for file, result in results:
             if result.reference is None:
                 raise UserError(f"{file}: evaluated without a reference; run klquant eval again with --against")
-        check_comparable(results)
+        check_comparable([*results, *sensitivities])
         named = zip(_names(results), (result for _, result in results), strict=True)
-        return cls(tuple(sorted((Variant(name, result) for name, result in named), key=lambda v: (-v.disk, v.name))))
+        variants = sorted((Variant(name, result) for name, result in named), key=lambda v: (-v.disk, v.name))
+        return cls(tuple(variants), tuple(sensitivity for _, sensitivity in sensitivities))
 
     @property
     def first(self) -> Result:
@@ -77,7 +92,12 @@ class Comparison:
     @property
     def floor(self) -> Floor | None:
         """Equal in all results that have one: it depends on the reference and the windows only."""
-        return next((v.result.floor for v in self.variants if v.result.floor is not None), None)
+        results = (*(v.result for v in self.variants), *self.sensitivities)
+        return next((result.floor for result in results if result.floor is not None), None)
+
+    @property
+    def takable(self) -> tuple[Variant, ...]:
+        return tuple(v for v in self.variants if not v.is_baseline)
 
     @property
     def contexts(self) -> list[int]:
@@ -89,9 +109,9 @@ class Comparison:
         return PLOT_CONTEXT if PLOT_CONTEXT in self.contexts else self.contexts[-1]
 
     def front(self, size: Callable[[Variant], float]) -> list[Variant]:
-        """Variants that no other one beats in both size and mean KLD, by size."""
+        """Takable variants that no other one beats in both size and mean KLD, by size."""
         front: list[Variant] = []
-        for variant in sorted(self.variants, key=lambda v: (size(v), v.kld.mean)):
+        for variant in sorted(self.takable, key=lambda v: (size(v), v.kld.mean)):
             if not front or variant.kld.mean < front[-1].kld.mean:
                 front.append(variant)
         return front
@@ -112,12 +132,21 @@ class Comparison:
 
     def _choose(self, card: str, context: int) -> Choice:
         """The least mean KLD of what fits; among those within the noise of it, the smallest."""
-        fitting = [v for v in self.variants if v.memory_on(card, context) is not None]
+        fitting = [v for v in self.takable if v.memory_on(card, context) is not None]
         if not fitting:
             return Choice(context, None, None)
         least = min(v.kld.mean for v in fitting)
         chosen = min((v for v in fitting if v.kld.mean - least <= self.noise), key=lambda v: (v.disk, v.kld.mean))
         return Choice(context, chosen, chosen.memory_on(card, context))
+
+    def beaten(self) -> list[tuple[Variant, Variant]]:
+        """(baseline, takable variant) where the baseline takes no more disk and is nearer by more than the noise."""
+        return [
+            (b, v)
+            for b in self.variants
+            for v in self.takable
+            if b.is_baseline and b.disk <= v.disk and v.kld.mean - b.kld.mean > self.noise
+        ]
 
     @property
     def noise(self) -> float:
@@ -153,16 +182,19 @@ class Comparison:
 
 
 def _names(results: Sequence[tuple[str, Result]]) -> list[str]:
-    """The first way of naming that tells all apart: recipe, folder, path, result file; numbered if none does."""
-    folders = [Path(r.model.name).name or r.model.name for _, r in results]
-    ways = [
-        [folder if r.quantization is None else r.quantization.recipe
-         for folder, (_, r) in zip(folders, results, strict=True)],
-        folders,
-        [r.model.name for _, r in results],
-        [file for file, _ in results],
-    ]  # fmt: skip
+    """The first way of naming that tells all apart: recipe (a baseline's title), folder (with its recipe), path, result
+    file; numbered if none does."""
+    short, folders = zip(*(_short_names(result) for _, result in results), strict=True)
+    ways = [short, folders, [r.model.name for _, r in results], [file for file, _ in results]]
     for names in ways:
         if len(set(names)) == len(names):
-            return names
+            return list(names)
     return [f"{name} ({number})" for number, name in enumerate(ways[-1], 1)]
+
+
+def _short_names(result: Result) -> tuple[str, str]:
+    model, made = result.model, result.quantization
+    if model.baseline is not None:
+        return model.baseline.title, f"{model.baseline.title}, {model.baseline.recipe}"
+    folder = Path(model.name).name or model.name
+    return (folder if made is None else made.recipe), folder

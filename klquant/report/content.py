@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from klquant.evaluate.result import DomainText
 from klquant.report.comparison import Comparison
 from klquant.report.provenance import common_table, variant_table
+from klquant.report.sensitive import sensitivity_tables
 from klquant.report.spell import disk
 from klquant.report.table import Table
 from klquant.report.tables import choice_table, closeness, memory_tables, quality_table, size_table, summary_table
@@ -37,6 +38,7 @@ class Content:
     quality: list[Table]
     sizes: list[Table]
     classes: Table | None
+    sensitivity: list[Table]
     variants: list[VariantContent]
     common: Table
 
@@ -54,8 +56,9 @@ def content(c: Comparison) -> Content:
         quality=[quality_table(c, domain) for domain in (None, *domains)],
         sizes=[size_table(c), *memory_tables(c)],
         classes=class_table(c),
+        sensitivity=sensitivity_tables(c),
         variants=[
-            VariantContent(v.name, i, fallbacks(v.result.quantization), layer_table(c, v), expert_table(v),
+            VariantContent(v.name, i, fallbacks(v), layer_table(c, v), expert_table(v),
                            variant_table(v))
             for i, v in enumerate(c.variants)
         ],
@@ -65,9 +68,11 @@ def content(c: Comparison) -> Content:
 
 def _lead(c: Comparison) -> str:
     data, overall = c.first.data, c.first.overall
-    count, whole = len(c.variants), disk(c.reference.checkpoint.size.disk)
+    whole = disk(c.reference.checkpoint.size.disk)
+    kinds = ((len(c.takable), "variant"), (len(c.variants) - len(c.takable), "baseline"))
+    counts = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for count, kind in kinds if count)
     return (
-        f"{count} variant{'s' * (count > 1)} of a model that takes {whole} in 16 bits, "
+        f"{counts} of a model that takes {whole} in 16 bits, "
         f"compared with it at {overall.positions:,} tokens: {_domains(data.domains)}, in windows of {data.window:,}."
     )
 
@@ -91,4 +96,5 @@ def _notes(c: Comparison) -> list[str]:
         for note in v.result.notes:
             about.setdefault(note, []).append(v.name)
     everyone = len(c.variants)
-    return [note if len(names) == everyone else f"{', '.join(names)}: {note}" for note, names in about.items()]
+    beaten = [f"{b.name}, a baseline, takes no more disk than {v.name} and is nearer." for b, v in c.beaten()]
+    return beaten + [note if len(names) == everyone else f"{', '.join(names)}: {note}" for note, names in about.items()]

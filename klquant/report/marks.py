@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from klquant.evaluate.result import Quality
 from klquant.report.comparison import Comparison
-from klquant.report.svg import FLOOR, MARKERS, SERIES, Canvas, draw
+from klquant.report.svg import FLOOR, LINE_MARKERS, MARKERS, SERIES, Canvas, draw
 
 NARROW, WIDE = 344, 560  # units of width: a phone's column, half a wide page
 KLD = "KLD, nats a token"
@@ -25,19 +25,24 @@ class Plot:
     wide: Markup | None = None
 
 
-def style(index: int) -> dict:
-    """Colour and marker of the variant at `index`; both, for those who cannot tell the colours."""
-    return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[(index + index // len(SERIES)) % len(MARKERS)]}
+def style(c: Comparison, index: int) -> dict:
+    """Colour and marker of the variant at `index`; both, for those who cannot tell the colours. Baselines have markers
+    of lines alone."""
+    colour, marker = SERIES[index % len(SERIES)], MARKERS[(index + index // len(SERIES)) % len(MARKERS)]
+    if c.variants[index].is_baseline:
+        before = sum(v.is_baseline for v in c.variants[:index])
+        return {"color": colour, "marker": LINE_MARKERS[before % len(LINE_MARKERS)], "markeredgewidth": 1.8}
+    return {"color": colour, "marker": marker}
 
 
-def swatch(index: int) -> Markup:
+def swatch(c: Comparison, index: int) -> Markup:
     """The line and marker that stand for a variant in legends and tables."""
 
     def paint(canvas: Canvas) -> None:
         canvas.figure.set_layout_engine("none")
         canvas.axes.set_position((0, 0, 1, 1))
         canvas.axes.set_axis_off()
-        canvas.axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], clip_on=False, **style(index))
+        canvas.axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], clip_on=False, **style(c, index))
         canvas.axes.set(xlim=(0, 2), ylim=(-1, 1))
 
     return draw(f"swatch{index}", "", 22, 10, paint)

@@ -24,11 +24,11 @@ def html(c: Comparison) -> str:
         "pareto": [pareto_disk(c), pareto_memory(c)],
         "domains": by_domain(c),
         "where": [by_position(c), *by_layer(c)],
-        "experts": [expert_tokens(v, i) for i, v in enumerate(c.variants)],
+        "experts": [expert_tokens(c, i) for i in range(len(c.variants))],
     }
     return environment.get_template("page.html.j2").render(
         css=Markup(_data("colours.css") + _data("page.css")), c=c, said=content(c), drawn=drawn,
-        swatches=[swatch(i) for i in range(len(c.variants))],
+        swatches=[swatch(c, i) for i in range(len(c.variants))],
     )  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def _pareto(
     def paint(canvas: Canvas) -> None:
         axes = canvas.axes
         floor_line(canvas, c, axes.axhspan, axes.axhline)
-        axes.plot(*zip(*(steps or corners), strict=True), color=MUTED, linewidth=1, zorder=1)
+        if corners:
+            axes.plot(*zip(*(steps or corners), strict=True), color=MUTED, linewidth=1, zorder=1)
         for i, v in enumerate(c.variants):
             _point(canvas, c, i, size(v), v in front, axis)
         axes.set(xlim=_limits([size(v) for v in c.variants]), xlabel=axis, ylabel=KLD, yscale="log")
@@ -60,20 +61,21 @@ def _pareto(
         points = [(size(v), positive(v.kld.mean, c), short(v.name)) for v in c.variants]
         place_labels(axes, points, INK, avoid=steps)
 
-    hollow = " Hollow: another variant is both smaller and nearer." if len(front) < len(c.variants) else ""
+    hollow = " Hollow: another variant is both smaller and nearer." if len(front) < len(c.takable) else ""
+    crosses = " Crosses: baselines." if len(c.takable) < len(c.variants) else ""
     floor = " Dashed across: the noise floor." if c.floor is not None else ""
     alt = f"{title}, mean KLD of {len(c.variants)} variants; on the front: {', '.join(v.name for v in front)}"
-    return Plot(title, caption + hollow + floor, draw(name, alt, NARROW, 300, paint),
+    return Plot(title, caption + hollow + crosses + floor, draw(name, alt, NARROW, 300, paint),
                 draw(f"{name}-wide", alt, WIDE, 380, paint))  # fmt: skip
 
 
 def _point(canvas: Canvas, c: Comparison, index: int, size: float, full: bool, axis: str) -> None:
-    variant, look = c.variants[index], style(index)
+    variant, look = c.variants[index], style(c, index)
     mean = positive(variant.kld.mean, c)
     if variant.kld.low is not None:
         canvas.axes.errorbar(size, mean, yerr=bars(variant.result.overall, mean), color=look["color"], linewidth=1.2)
-    (point,) = canvas.axes.plot(size, mean, **look, markersize=7, linestyle="none",
-                                markerfacecolor=look["color"] if full else PAPER)  # fmt: skip
+    face = look["color"] if full or variant.is_baseline else PAPER
+    (point,) = canvas.axes.plot(size, mean, **look, markersize=7, linestyle="none", markerfacecolor=face)
     canvas.tip(point, f"{variant.name}: KLD {variant.kld.mean:.3g}, {size:.4g} {axis.rpartition(' ')[2]}")
 
 

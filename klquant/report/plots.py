@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from klquant.evaluate.result import LayerDrift, Quality
-from klquant.report.comparison import Comparison, Variant
+from klquant.report.comparison import Comparison
 from klquant.report.marks import KLD, NARROW, Plot, bars, floor_line, log_ticks, positive, short, style
 from klquant.report.svg import FLOOR, INK, RULE, Canvas, draw
 
@@ -29,8 +29,8 @@ def _dots(c: Comparison, number: int, domain: str | None, limits: tuple[float, f
         for i, q in enumerate(_qualities(c, domain)):
             mean = positive(q.kld.mean, c)
             if q.kld.low is not None:
-                axes.errorbar(mean, i, xerr=bars(q, mean), color=style(i)["color"], linewidth=1.6)
-            (point,) = axes.plot(mean, i, **style(i), markersize=6.5, linestyle="none")
+                axes.errorbar(mean, i, xerr=bars(q, mean), color=style(c, i)["color"], linewidth=1.6)
+            (point,) = axes.plot(mean, i, **style(c, i), markersize=6.5, linestyle="none")
             canvas.tip(point, f"{c.variants[i].name}: KLD {q.kld.mean:.3g}" + _spelt_range(q))
         axes.set(xscale="log", xlim=limits, ylim=(len(c.variants) - 0.4, -0.6), xlabel=KLD)
         axes.yaxis.set_major_locator(FixedLocator(range(len(c.variants))))
@@ -54,7 +54,7 @@ def by_position(c: Comparison) -> Plot:
         for i, v in enumerate(c.variants):
             bins = v.result.positions
             (line,) = canvas.axes.plot([(b.start + b.stop) / 2 for b in bins], [positive(b.kld, c) for b in bins],
-                                       **style(i), markevery=max(1, len(bins) // 5))  # fmt: skip
+                                       **style(c, i), markevery=max(1, len(bins) // 5))  # fmt: skip
             canvas.tip(line, v.name)
         canvas.axes.set(yscale="log", xlabel="position in the window, tokens", ylabel=KLD)
         log_ticks(canvas.axes.yaxis)
@@ -93,7 +93,7 @@ def _layers(
         if c.floor is not None:
             axes.plot(*points(c.floor.layers), color=FLOOR, dashes=(4, 2))
         for i, v in enumerate(c.variants):
-            (line,) = axes.plot(*points(v.result.layers), **style(i), linewidth=1.3, markersize=4)
+            (line,) = axes.plot(*points(v.result.layers), **style(c, i), linewidth=1.3, markersize=4)
             canvas.tip(line, v.name)
         axes.set(xlabel="layer", ylabel=axis, xlim=(-0.5, len(c.first.layers) - 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -106,9 +106,10 @@ def _layers(
     return Plot(title, caption, draw(f"layer-{name}", f"{title}, by layer, one line a variant", NARROW, 250, paint))
 
 
-def expert_tokens(variant: Variant, index: int) -> Plot | None:
+def expert_tokens(c: Comparison, index: int) -> Plot | None:
     """The spread of tokens over each layer's experts in calibration, on the evaluated text where nothing was
     calibrated; None for a model without experts."""
+    variant = c.variants[index]
     made = variant.result.quantization
     counts = {} if made is None else made.expert_tokens
     where = "in calibration" if counts else "on the evaluated text"
@@ -117,7 +118,7 @@ def expert_tokens(variant: Variant, index: int) -> Plot | None:
         return None
 
     def paint(canvas: Canvas) -> None:
-        axes, look = canvas.axes, style(index)
+        axes, look = canvas.axes, style(c, index)
         axes.vlines(list(counts), [max(min(n), 0.5) for n in counts.values()], [max(n) for n in counts.values()],
                     color=look["color"], linewidth=1.6)  # fmt: skip
         axes.plot(list(counts), [max(sorted(n)[len(n) // 2], 0.5) for n in counts.values()], **look, linestyle="none")

@@ -29,11 +29,13 @@ def common_table(c: Comparison) -> Table:
 def variant_table(variant: Variant) -> Table:
     result = variant.result
     made, p = result.quantization, result.provenance
+    baseline = result.model.baseline
+    recipe = "not known" if made is None else f"{made.recipe}, for {made.target}"
     pairs = [
         ("checkpoint", result.model.name),
         ("its weights", f"sha256 {result.model.fingerprint}"),
         ("matrices", ", ".join(f"{count:,} {scheme}" for scheme, count in result.model.scheme.items())),
-        ("recipe", "not known" if made is None else f"{made.recipe}, for {made.target}"),
+        ("recipe", recipe if baseline is None else f"{baseline.recipe}, by {baseline.title} instead"),
         ("evaluated by", shlex.join(p.command)),
         ("versions", ", ".join(f"{name} {version}" for name, version in p.versions.items())),
         ("device", f"{p.device}, {p.threads} thread{'s' * (p.threads > 1)}"),

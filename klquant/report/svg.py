@@ -19,6 +19,7 @@ from klquant.report.inline import inline
 INK, MUTED, RULE, PAPER, FLOOR = (f"#b0000{i}" for i in range(5))
 SERIES = tuple(f"#a0000{i}" for i in range(7))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINE_MARKERS = ("x", "+", (6, 2, 0), (3, 2, 0))  # crosses, of two, three and one and a half strokes
 _VARIABLES = {
     INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)", FLOOR: "var(--floor)",
     **{colour: f"var(--s{i})" for i, colour in enumerate(SERIES)},

@@ -12,7 +12,7 @@ Unit = tuple[int, str]
 
 
 def head(comparison: Comparison, variant: Variant) -> Cell:
-    return Cell(variant.name, series=comparison.variants.index(variant))
+    return Cell(variant.name, "baseline" if variant.is_baseline else "", series=comparison.variants.index(variant))
 
 
 def choice_table(c: Comparison) -> Table:
@@ -42,8 +42,8 @@ def summary_table(c: Comparison) -> Table:
         q, size = v.result.overall, v.result.model.size
         cells = [
             Cell(disk(size.disk), f"{c.reference.checkpoint.size.disk / size.disk:.2f} × less"),
-            Cell(f"{q.kld.mean:.{places}f}", _half(q.kld, places)),
-            Cell(_share(q.top1.mean, 1), _half(q.top1, 1, 100)),
+            Cell(f"{q.kld.mean:.{places}f}", half_range(q.kld, places)),
+            Cell(share(q.top1.mean, 1), half_range(q.top1, 1, 100)),
             _change(q.perplexity_ratio),
             Cell(f"{size.bits.whole:.2f}"),
         ]
@@ -53,8 +53,8 @@ def summary_table(c: Comparison) -> Table:
         rows.append(Row(head(c, v), tuple(cells)))
     if floor is not None:
         q = floor.overall
-        kld, top1 = Cell(f"{q.kld.mean:.{places}f}", _half(q.kld, places)), _half(q.top1, 1, 100)
-        cells = (Cell(""), kld, Cell("1"), Cell(_share(q.top1.mean, 1), top1), _change(q.perplexity_ratio), Cell(""))
+        kld, top1 = Cell(f"{q.kld.mean:.{places}f}", half_range(q.kld, places)), half_range(q.top1, 1, 100)
+        cells = (Cell(""), kld, Cell("1"), Cell(share(q.top1.mean, 1), top1), _change(q.perplexity_ratio), Cell(""))
         rows.append(Row(Cell("noise floor"), cells, "floor"))
     note = f"± is half the 95 % range, by bootstrap over windows. {_perplexity_note(c)}"
     return Table("What it saves, what it costs", tuple(columns), tuple(rows), note, corner="variant")
@@ -154,7 +154,7 @@ def _cards(cards: Sequence[str]) -> str:
 
 def _choice(c: Comparison, choice: Choice, places: int) -> Cell:
     if choice.variant is None:
-        return Cell("nothing fits", quiet=True)
+        return Cell("nothing fits" if c.takable else "only baselines here", quiet=True)
     mark = "†" if choice.memory.cache_bits == 8 else ""
     unit = memory_unit(choice.memory.total)
     detail = f"KLD {choice.variant.kld.mean:.{places}f}\n{_memory(choice.memory.total, unit).text} {unit[1]}"
@@ -166,7 +166,7 @@ def _quality(q: Quality, places: int) -> tuple[Cell, ...]:
     return (
         Cell(f"{k.mean:.{places}f}"), Cell(_range(k, places)), Cell(f"{k.median:.{places}f}"),
         Cell(f"{k.p99:.3f}"), Cell(f"{k.p999:.3f}"), Cell(f"{k.max:.2f}"),
-        Cell(_share(q.top1.mean, 2)), Cell(_range(q.top1, 1, 100)),
+        Cell(share(q.top1.mean, 2)), Cell(_range(q.top1, 1, 100)),
         Cell(f"{q.perplexity:.3f}"), _change(q.perplexity_ratio),
         Cell("" if q.perplexity_ratio.low is None
              else f"{change(q.perplexity_ratio.low)} … {change(q.perplexity_ratio.high)}"),
@@ -191,11 +191,11 @@ def _perplexity_note(c: Comparison) -> str:
     return "≈: a change of perplexity whose range includes none." if unclear else ""
 
 
-def _share(share: float, places: int) -> str:
+def share(share: float, places: int) -> str:
     return f"{100 * share:.{places}f} %"
 
 
-def _half(x: Interval, places: int, scale: float = 1) -> str:
+def half_range(x: Interval, places: int, scale: float = 1) -> str:
     return "" if x.low is None else f"± {scale * (x.high - x.low) / 2:.{places}f}"
 
 

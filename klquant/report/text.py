@@ -22,7 +22,7 @@ def as_markdown(c: Comparison) -> str:
         *section("Choose", said.choice, said.summary, text=[said.floor]),
         *(f"- {escape(note)}\n" for note in said.notes),
         *section("Quality against the reference", *said.quality, text=said.close),
-        *section("Where it errs", *([said.classes] if said.classes else []),
+        *section("Where it errs", *([said.classes] if said.classes else []), *said.sensitivity,
                  text=[f"{v.name}: {v.fallbacks}" for v in said.variants]),
         *section("Size", *said.sizes),
         *section("Provenance", said.common, *(v.made for v in said.variants)),
@@ -49,6 +49,7 @@ def as_json(c: Comparison) -> dict:
         "variants": [
             {
                 "name": v.name,
+                "baseline": v.is_baseline,
                 "inside_floor": c.inside_floor(v.result.overall),
                 "times_floor": c.times_floor(v.result.overall),
                 "on_front": {kind: v.name in names for kind, names in fronts.items()},
@@ -56,6 +57,7 @@ def as_json(c: Comparison) -> dict:
             }
             for v in c.variants
         ],
+        "sensitivities": [s.model_dump(mode="json") for s in c.sensitivities],
     }
 
 

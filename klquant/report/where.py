@@ -2,7 +2,7 @@
 
 from math import log10
 
-from klquant.evaluate.result import ErrorRow, Quantization
+from klquant.evaluate.result import ErrorRow
 from klquant.report.comparison import Comparison, Variant
 from klquant.report.spell import percent, some
 from klquant.report.table import Cell, Row, Table
@@ -58,7 +58,15 @@ def expert_table(variant: Variant) -> Table | None:
     return Table("Tokens an expert", tuple(columns), tuple(rows), "Without: experts that got none.")
 
 
-def fallbacks(made: Quantization | None) -> str:
+def fallbacks(variant: Variant) -> str:
+    made, baseline = variant.result.quantization, variant.result.model.baseline
+    if baseline is not None:
+        what = "grids" if baseline.method == "rtn" else "tensors"
+        by = "" if baseline.library is None else f" by {baseline.library}"
+        return (
+            f"A baseline, for comparison only: the {what} of recipe {baseline.recipe}, rounded{by} as they were read. "
+            "Its size is counted from what the method stores."
+        )
     if made is None:
         return MISSING[0].upper() + MISSING[1:] + "."
     if not made.fallbacks:

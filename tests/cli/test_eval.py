@@ -5,6 +5,7 @@ from click.testing import CliRunner
 
 from klquant.cli.main import main
 from klquant.evaluate.result import load_result
+from tests.pipeline.build import recipe_text
 from tests.tiny import tiny_checkpoint
 
 
@@ -52,12 +53,26 @@ def test_without_a_reference_the_table_has_perplexity(tiny, texts, tmp_path):
     assert "perplexity" in done.stdout and "KLD" not in done.stdout
 
 
+def test_a_baseline_is_judged_against_the_model_itself(tiny, texts, tmp_path):
+    (tmp_path / "small.yaml").write_text(recipe_text())
+    out = tmp_path / "r.json"
+    text = ("--data", texts, "--window", 64, "--windows", 1)
+    done = run(tiny, "--as", "rtn", "--recipe", tmp_path / "small.yaml", *text, "--floor", "-o", out)
+    assert done.exit_code == 0, done.stderr
+    result = load_result(out)
+    assert result.model.baseline.title == "RTN of small" and result.floor is not None
+    assert done.stdout.startswith(f"RTN of {tiny}")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("--data", "none.jsonl"), "none.jsonl"),
         (("--against", "none"), "none"),
         (("--floor",), "--floor needs --against"),
+        (("--as", "rtn", "--against", "none"), "leave out --against"),
+        (("--recipe", "int4"), "--recipe needs --as"),
+        (("--as", "nf3"), "'nf3' is not one of"),
         (("--device", "cuda:9"), "cuda:9"),
         (("--window", 10**6), "do not fill one window"),
     ],

@@ -125,6 +125,24 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bytes(sweep, undrawn, recipes,
     assert digests(tmp_path / "broken" / "models") == digests(tmp_path / "whole" / "models")
 
 
+def test_baselines_are_judged_once_and_in_the_report(sweep, undrawn, recipes, passes, tmp_path):
+    done = sweep(tmp_path, recipes[1:], "--baselines", "rtn")
+    assert done.exit_code == 0, done.stderr
+    assert passes == {"quantize": 1, "reference": 4, "floor, bfloat16": 4, "model": 8}
+    (file,) = (tmp_path / "results").glob("baseline-rtn-*.json")
+    assert load_result(file).model.baseline.recipe == "small" and "RTN of small, a baseline, 2 of 2" in done.stdout
+    variants = json.loads((tmp_path / "report.json").read_text())["variants"]
+    assert {v["name"]: v["baseline"] for v in variants} == {"small": False, "RTN of small": True}
+    passes.clear()
+    assert sweep(tmp_path, recipes[1:], "--baselines", "rtn").exit_code == 0
+    assert passes == {}
+
+
+def test_an_unknown_baseline_is_refused_before_any_work(sweep, recipes, tmp_path):
+    done = sweep(tmp_path / "out", recipes, "--baselines", "rtn,nf5")
+    assert done.exit_code == 2 and "unknown 'nf5'; known: rtn, nf4" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_checkpoint_made_anew_is_judged_anew(sweep, undrawn, recipes, passes, tmp_path):
     assert sweep(tmp_path, recipes[:1]).exit_code == 0
     file = tmp_path / "results" / "rounded.json"

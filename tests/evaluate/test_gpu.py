@@ -3,9 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from klquant.evaluate import trace
+from klquant.evaluate.baselines import rounding
 from klquant.evaluate.run import evaluate
+from klquant.evaluate.sensitivity import sensitivity
 from klquant.model.delta import has_fla
 
 pytestmark = pytest.mark.gpu
@@ -37,3 +40,18 @@ def test_streaming_changes_nothing(variant, tiny, on_gpu, tmp_path, monkeypatch)
     monkeypatch.setattr(trace, "RESIDENT_SHARE", 0)
     streamed = evaluate(variant, tiny, tmp_path / "b.json", replace(on_gpu, reference_cache=tmp_path / "other"))
     assert streamed.overall.kld.mean == pytest.approx(whole.overall.kld.mean, rel=1e-3)
+
+
+def test_everything_mixed_in_is_the_quantized_model(variant, tiny, on_gpu, tmp_path):
+    found = sensitivity(tiny, variant, tmp_path / "s.json", "class", on_gpu, 0)
+    whole = evaluate(variant, tiny, tmp_path / "r.json", on_gpu)
+    assert found.entries[0].overall.kld.mean == pytest.approx(whole.overall.kld.mean, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["nf4", "nf4-double", "int8"])
+def test_bitsandbytes_rounds_alike_on_a_gpu(method):
+    """Ties may fall to the other side."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes (the extra `bnb`) is not installed")
+    w = torch.randn(100, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    on_cpu, on_gpu = (rounding(method, {})("x.weight", w.to(device)).float().cpu() for device in ("cpu", "cuda"))
+    assert torch.isclose(on_cpu, on_gpu, rtol=2**-7).float().mean() > 0.99

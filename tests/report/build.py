@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from klquant.evaluate.result import (
     Arithmetic,
+    Baseline,
     Bits,
     Checkpoint,
     Data,
@@ -24,6 +25,7 @@ from klquant.evaluate.result import (
     Result,
     Size,
 )
+from klquant.evaluate.sensitivity_result import Entry, Quantizer, SensitivePart, Sensitivity
 from klquant.recipe.memory import CARDS, GIB
 
 DOMAINS = ("book", "code", "chinese", "technical")
@@ -130,5 +132,40 @@ def result(
         "notes": [],
         "provenance": Provenance(command=["klquant", "eval", name], versions={"klquant": "0.1.0"},
                                  device="CPU, 2 cores", threads=2, seconds=12.5, tokens=65_536),
+        **changes,
+    })  # fmt: skip
+
+
+def baseline(title: str = "NF4 (bnb)", kld: float = 0.03, gigabytes: float = 28.0, **changes: object) -> Result:
+    made = Baseline(method="nf4", title=title, recipe="int4", library="bitsandbytes 0.50.2")
+    model = checkpoint(f"{title} of owner/base", gigabytes).model_copy(update={"baseline": made})
+    return result(title, kld, gigabytes, model=model, quantization=None, **changes)
+
+
+def sensitivity(
+    *klds: float, by: str = "class", left_out: Sequence[str] = (), beside: Result | None = None, **changes: object
+) -> Sensitivity:
+    """Everything, then a part for each of `klds`, over the windows of `beside`."""
+    beside = beside or result()
+
+    def part(i: int, kld: float) -> Entry:
+        layer = i if by == "layer" else None
+        cls = ("routed_experts", "kda_proj", "head")[i % 3] if by == "class" else None
+        return Entry(
+            part=SensitivePart(name=f"layer {i}" if layer is not None else cls, tensor_class=cls, roles=[], layer=layer,
+                               scheme={"INT4 g128": 4}, weights=10**9, bytes_before=2 * 10**9, bytes_after=10**9 // 2),
+            overall=quality(kld), domains={d: quality(kld) for d in beside.domains}, seconds=9.5,
+        )  # fmt: skip
+
+    entries = [part(i, kld) for i, kld in enumerate(klds)]
+    whole = SensitivePart(
+        name="everything", tensor_class=None, roles=[], layer=None, scheme={"INT4 g128": 4, "INT8 g128": 8},
+        weights=3 * 10**9, bytes_before=6 * 10**9, bytes_after=2 * 10**9,
+    )  # fmt: skip
+    every = Entry(part=whole, overall=quality(sum(klds) * 0.9), domains={}, seconds=9.5)
+    return Sensitivity(**{
+        "by": by, "quantizer": Quantizer(method="rtn", name="recipe int4", recipe="int4", fingerprint="ef" * 32),
+        "arithmetic": beside.arithmetic, "reference": beside.reference, "data": beside.data, "floor": None,
+        "entries": [every, *entries], "left_out": list(left_out), "notes": [], "provenance": beside.provenance,
         **changes,
     })  # fmt: skip

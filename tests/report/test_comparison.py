@@ -5,7 +5,7 @@ import pytest
 from klquant.errors import UserError
 from klquant.evaluate.result import Data
 from klquant.report.comparison import Comparison
-from tests.report.build import CONTEXTS, FLOOR, checkpoint, result
+from tests.report.build import CONTEXTS, FLOOR, baseline, checkpoint, result, sensitivity
 
 
 def compare(*results, files=None) -> Comparison:
@@ -137,3 +137,60 @@ def test_results_are_read_from_files(tmp_path):
     for name, size in (("a", 20), ("b", 30)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result(name, 0.1, size).model_dump(mode="json")))
     assert names(Comparison.load([tmp_path / "a.json", tmp_path / "b.json"]).variants) == ["b", "a"]
+
+
+def test_a_baseline_is_neither_taken_nor_on_the_front():
+    c = compare(result("int4", 0.0125, 26.8), baseline("NF4 (bnb)", 0.001, 20), result("int3", 0.06, 21))
+    assert names(c.variants) == ["int4", "int3", "NF4 (bnb)"] and names(c.takable) == ["int4", "int3"]
+    assert names(c.front(lambda v: v.disk)) == ["int3", "int4"]
+    assert {choice.variant.name for choice in c.choices("80 GB")} == {"int4"}
+    assert [(b.name, v.name) for b, v in c.beaten()] == [("NF4 (bnb)", "int4"), ("NF4 (bnb)", "int3")]
+
+
+@pytest.mark.parametrize(("kld", "gigabytes"), [(0.0125 - 0.9 * FLOOR, 20), (0.001, 26.9), (0.02, 20)])
+def test_a_baseline_beats_what_is_no_smaller_and_further_by_more_than_the_noise(kld, gigabytes):
+    assert compare(result("int4", 0.0125, 26.8), baseline(kld=kld, gigabytes=gigabytes)).beaten() == []
+
+
+def test_baselines_of_one_method_are_told_apart_by_their_recipes():
+    first, second = (baseline(gigabytes=size) for size in (28, 27))
+    made = second.model.baseline.model_copy(update={"recipe": "int3"})
+    second = second.model_copy(update={"model": second.model.model_copy(update={"baseline": made})})
+    assert names(compare(first, second).variants) == ["NF4 (bnb), int4", "NF4 (bnb), int3"]
+
+
+def test_sensitivities_stand_beside_results_of_the_same_windows(tmp_path):
+    for name, value in (("r", result()), ("s", sensitivity(0.01, 0.02))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value.model_dump(mode="json")))
+    c = Comparison.load([tmp_path / "s.json", tmp_path / "r.json"])
+    assert len(c.variants) == len(c.sensitivities) == 1
+    with pytest.raises(UserError, match="a report needs a result of klquant eval"):
+        Comparison.load([tmp_path / "s.json"])
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        (result(windows=4), "other windows"),
+        (result(data=result().data.model_copy(update={"sha256": "cd" * 32})), "other text"),
+        (
+            result(reference=result().reference.model_copy(update={"checkpoint": checkpoint("x", 9)})),
+            "other references",
+        ),
+    ],
+    ids=["windows", "text", "reference"],
+)
+def test_a_sensitivity_over_other_windows_or_another_reference_is_refused(beside, reason):
+    with pytest.raises(UserError, match=rf"r\.json and s\.json cannot be compared: {reason}"):
+        Comparison.of([("r.json", result())], [("s.json", sensitivity(0.01, beside=beside))])
+
+
+def test_a_floor_that_only_a_sensitivity_knows_is_the_floor():
+    known = sensitivity(0.01, floor=result().floor)
+    assert Comparison.of([("r", result(floor=False))], [("s", known)]).noise == FLOOR
+
+
+def test_classes_stand_by_what_they_cost_and_layers_in_their_order():
+    assert [e.part.name for e in sensitivity(0.01, 0.03, 0.02).ranked] == [
+        "everything", "kda_proj", "head", "routed_experts"]  # fmt: skip
+    assert [e.part.layer for e in sensitivity(0.01, 0.03, 0.02, by="layer").ranked] == [None, 0, 1, 2]

@@ -8,7 +8,7 @@ from klquant.evaluate.result import Result
 from klquant.report.comparison import Comparison
 from klquant.report.page import html
 from klquant.report.text import as_json, as_markdown
-from tests.report.build import CONTEXTS, DOMAINS, result
+from tests.report.build import CONTEXTS, DOMAINS, baseline, result, sensitivity
 
 EVIL = "<script>alert(1)</script>\"'&$x_1$ {{ 7 * 7 }} | `code`"
 VOID = {"meta", "link", "br", "!doctype"}
@@ -132,9 +132,10 @@ def test_what_users_named_is_text_and_nothing_else():
         [few(contexts=[4096], gigabytes=0.003)],
         [few(f"variant-{i}", 0.002 * 1.5**i, 50 - i) for i in range(9)],
         [few("a" * 200)],
+        [baseline(domains=DOMAINS[:2])],
     ],
     ids=["one", "no floor", "single windows", "one domain", "zero", "negative", "not ours", "partly ours", "tiny",
-         "many", "long name"],
+         "many", "long name", "only a baseline"],
 )  # fmt: skip
 def test_unusual_results_make_a_page_too(results):
     c = compare(*results)
@@ -164,3 +165,35 @@ def test_json_holds_conclusions_and_results(three):
     assert [v["inside_floor"] for v in said["variants"]] == [True, False, False]
     assert said["choices"]["80 GB"][0]["variant"] == "int8" and said["choices"]["12 GB"][0]["variant"] is None
     assert said["variants"][1]["result"] == three.variants[1].result.model_dump(mode="json")
+
+
+def test_sensitivity_is_a_table_of_parts():
+    beside = few()
+    rounded = sensitivity(0.01, 0.0301, beside=beside)
+    layers = sensitivity(0.02, by="layer", left_out=["layer 1", "head"], beside=beside)
+    c = Comparison.of([("r", beside)], [("a", rounded), ("b", layers)])
+    text = html(c)
+    assert "<h3>Sensitivity by class: int4, rounded</h3>" in text and "<h3>Sensitivity by layer" in text
+    said = " ".join(Page(text).said)
+    assert "The parts add up to 0.0401; together they cost 0.0361." in said
+    assert "Not measured for want of time: layer 1, head." in said
+    row = next(line for line in as_markdown(c).splitlines() if line.startswith("| KDA proj"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["KDA proj", "0.0301 (± 0.0030)", "30 ×"] and cells[4:] == [
+        "INT4 g128", "1,000.0 M", "1.50 GB", "0.0201"]  # fmt: skip
+    assert as_json(c)["sensitivities"] == [s.model_dump(mode="json") for s in (rounded, layers)]
+
+
+def test_what_users_named_in_a_sensitivity_is_text_and_nothing_else():
+    s = sensitivity(0.01, beside=few(), left_out=[EVIL])
+    s = s.model_copy(update={"quantizer": s.quantizer.model_copy(update={"name": EVIL, "recipe": EVIL})})
+    page = Page(html(Comparison.of([("r", few())], [("s", s)])))
+    assert "script" not in page.tags and sum(EVIL in said for said in page.said) >= 2
+
+
+def test_baselines_are_marked_as_such():
+    text = html(compare(few("int4", 0.0125, 27), baseline(domains=DOMAINS[:2])))
+    assert "NF4 (bnb)<small>baseline</small>" in text and "Crosses: baselines." in text
+    said = " ".join(Page(text).said)
+    assert "1 variant and 1 baseline of a model" in said and "A baseline, for comparison only" in said
+    assert "Crosses: baselines." not in html(compare(few()))

@@ -1,0 +1,66 @@
+"""`klquant sensitivity MODEL`: what each class, or layer, costs when only it is quantized."""
+
+import json
+import sys
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from klquant.evaluate.options import By, DtypeName, EvalOptions
+from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
+
+_DEFAULT = EvalOptions()
+
+
+@click.command("sensitivity")
+@click.argument("model")
+@click.option("--recipe", metavar="NAME|FILE",
+              help=f"Round parts to nearest on this recipe's grids.  [default: {DEFAULT_RECIPE}]")  # fmt: skip
+@click.option("--quantized", type=click.Path(path_type=Path), metavar="CHECKPOINT",
+              help="Take parts from this quantized checkpoint of MODEL instead.")  # fmt: skip
+@click.option("--by", type=click.Choice(get_args(By)), default="class", show_default=True, help="What a part is.")
+@click.option("--minutes", type=click.FloatRange(0), metavar="N",
+              help="Begin no part that would not end within N minutes.  [default: all parts]")  # fmt: skip
+@click.option("--data", multiple=True, default=(_DEFAULT.data,), show_default=True,
+              help="Text files, folders of them, or a mix; each file is a domain. Can be repeated.")  # fmt: skip
+@click.option("--windows", type=click.IntRange(1), default=_DEFAULT.windows, show_default=True,
+              help="Windows a domain.")  # fmt: skip
+@click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, show_default=True,
+              help="Tokens a window.")  # fmt: skip
+@click.option("--device", default=_DEFAULT.device, show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--dtype", type=click.Choice(get_args(DtypeName)), help="Arithmetic.  [default: float32 on a CPU]")
+@click.option("--reference-cache", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Where klquant eval keeps its reference pass.  [default: beside the result]")  # fmt: skip
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The result, a JSON file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result instead of a table.")
+def command(
+    model: str, recipe: str | None, quantized: Path | None, by: By, minutes: float | None, data: tuple[str, ...],
+    windows: int, window: int, device: str, dtype: DtypeName | None, reference_cache: Path | None, out: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure what each class of tensors, or each layer, costs: the divergence from MODEL when only that is quantized.
+
+    MODEL is in 16 bits, a folder or a hub id (owner/name). Parts are rounded without calibration, or taken from a
+    quantized checkpoint. The result is one for klquant report. The same command again measures what is missing.
+    """
+    if recipe is not None and quantized is not None:
+        raise click.UsageError("--recipe and --quantized exclude each other")
+    quantizer = quantized or load_recipe(recipe or DEFAULT_RECIPE)
+    from klquant.checkpoint.hub import resolve_model
+    from klquant.cli.eval_table import Bar
+    from klquant.cli.sensitivity_table import print_sensitivity
+    from klquant.core.device import pick_device
+    from klquant.evaluate.sensitivity import sensitivity
+
+    options = EvalOptions(
+        data=",".join(data), windows=windows, window=window, device=str(pick_device(device)), dtype=dtype,
+        reference_cache=reference_cache, command=("klquant", *sys.argv[1:]),
+    )  # fmt: skip
+    folder = resolve_model(model, weights=True)
+    with Bar() as bar:
+        result = sensitivity(folder, quantizer, out, by, options, minutes, bar)
+    if as_json:
+        click.echo(json.dumps(result.model_dump(mode="json"), indent=1))
+    else:
+        print_sensitivity(result, out)
