@@ -98,9 +98,9 @@ class Runner:
         """The token at `position`, right behind the chunk whose stream is h: one row."""
         with on(h_BSC.device):
             logits_BV = self.weights.head(self.cfg, h_BSC[:, -1:])[:, 0]
-            row_B = torch.tensor([slot], device=h_BSC.device)
+            row_B = torch.full((1,), slot, device=h_BSC.device)
             chosen = sample(logits_BV, self.sampling, row_B, torch.full_like(row_B, position), mode)
-            self.next_token[slot] = chosen.token[0].to(self.next_token.device, non_blocking=True)
+            self.next_token[slot] = chosen.token[0].to(self.next_token.device)
         return chosen
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class Runner:
                 h_BSC = self.prefill(tokens[start : start + chunk], slot, start, check)
         except Found as found:
             return str(found)
-        with torch.no_grad():
+        with torch.no_grad(), on(h_BSC.device):
             logits = self.weights.head(self.cfg, h_BSC[:, -1:])
         return None if logits.isfinite().all() else "lm_head"
 
