@@ -120,7 +120,8 @@ class Engine:
             for job in jobs:
                 self.loop.add(job)
             while not all(job.finish for job in jobs):
-                self.loop.step()
+                ran = self.loop.step()
+                assert ran, "nothing runs, and an answer has not finished"
         finally:
             for job in jobs:
                 self.cancel(job)
@@ -156,7 +157,8 @@ class Engine:
                     yield (delta := job.deltas.popleft())
                     if delta.finish:
                         return
-                self.loop.step()
+                ran = self.loop.step()
+                assert ran or job.deltas, "nothing runs, and the answer has not finished"
         finally:
             self.cancel(job)
 

@@ -1,6 +1,6 @@
 """CUDA graphs of functions over static buffers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,26 +16,36 @@ def on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-class Graph:
-    """`run` captured on buffers that look like `inputs`, which must be harmless to run on: it happens several times.
+class Graphs:
+    """The captured functions of one device. They share memory, so they are captured on one stream of that device."""
 
-    Outputs are overwritten by the next replay of any graph in the same memory pool.
-    """
+    def __init__(self, device: torch.device) -> None:
+        with on(device):
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Outputs]] = {}
 
-    def __init__(self, run: Callable[..., Outputs], inputs: tuple[Tensor, ...], pool: tuple[int, int]) -> None:
-        self._inputs = tuple(x.clone() for x in inputs)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                run(*self._inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._outputs = run(*self._inputs)
-
-    def __call__(self, *inputs: Tensor) -> Outputs:
-        for buffer, x in zip(self._inputs, inputs, strict=True):
+    def run(
+        self, key: Hashable, function: Callable[..., Outputs], inputs: tuple[Tensor, ...],
+        harmless: Callable[[], tuple[Tensor, ...]],
+    ) -> Outputs:  # fmt: skip
+        """function(*inputs), captured when `key` is new: then it runs several times on inputs of the same shapes that
+        change nothing, `harmless()`. Outputs are overwritten by the next run. Call it with the device current (`on`).
+        """
+        if key not in self._captured:
+            self._captured[key] = self._capture(function, harmless())
+        graph, buffers, outputs = self._captured[key]
+        for buffer, x in zip(buffers, inputs, strict=True):
             buffer.copy_(x, non_blocking=True)
-        self._graph.replay()
-        return self._outputs
+        graph.replay()
+        return outputs
+
+    def _capture(self, function: Callable[..., Outputs], buffers: tuple[Tensor, ...]):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                function(*buffers)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            outputs = function(*buffers)
+        return graph, buffers, outputs

@@ -10,13 +10,15 @@ from klquant.engine.text import Detokenizer, StopText
 
 
 class Job:
-    """One answer in the making. `tokens`: prompt and answer; `limit`: why it ends when `scheduled.most` is reached."""
+    """One answer in the making. `tokens`: prompt and answer; `limit`: why it ends when its sequence has `most`."""
 
     def __init__(
         self, scheduled: Scheduled, tokens: Sequence[int], params: SamplingParams, limit: Finish,
         decode: Callable[[Sequence[int]], str], end_tokens: frozenset[int],
     ) -> None:  # fmt: skip
         self.scheduled, self.tokens, self.params = scheduled, list(tokens), params
+        # The sequence of a session has other numbers at its next turn.
+        self._prompt, self._most = scheduled.prompt, scheduled.most
         self.bound = False  # its slot knows its pages and parameters
         self.finish: Finish | None = None
         self.deltas: deque[Delta] = deque()
@@ -26,10 +28,6 @@ class Job:
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._began, self._first, self._last = time.perf_counter(), None, None
-
-    @property
-    def answer_tokens(self) -> tuple[int, ...]:
-        return tuple(self.tokens[self.scheduled.prompt :])
 
     def push(self, token: int, logprob: TokenLogprob | None) -> None:
         """Take the next token. Afterwards `finish` may be set; tokens behind the end are dropped."""
@@ -43,7 +41,7 @@ class Job:
             self.finish = "eos"
         elif self._stop.stopped:
             self.finish = "stop"
-        elif len(self.tokens) > self.scheduled.most:
+        elif len(self.tokens) > self._most:
             self.finish = self._limit
         if self.finish:
             text += self._flush()
@@ -59,11 +57,11 @@ class Job:
         """All of it, once it has finished."""
         return Answer(
             text="".join(self._texts),
-            tokens=self.answer_tokens,
+            tokens=tuple(self.tokens[self._prompt :]),
             logprobs=tuple(self._logprobs),
             finish=self.finish,
             error=self._error,
-            prompt_tokens=self.scheduled.prompt,
+            prompt_tokens=self._prompt,
             seed=self.params.seed,
             seconds_to_first=(self._first or self._last) - self._began,
             seconds=self._last - self._began,

@@ -8,13 +8,14 @@ slot: a step can be launched before the host has seen the last one's tokens.
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from klquant.engine.decode import decode_layer, embed
-from klquant.engine.graphs import Graph, Outputs, on
+from klquant.engine.graphs import Graphs, Outputs, on
 from klquant.engine.request import SamplingParams
 from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
 from klquant.engine.state import DeviceState
@@ -55,8 +56,7 @@ class Runner:
         self.sampling = SamplingState.empty(slots + 1, self.cfg.vocab_size, head)
         # The token each slot is fed next, beside the embedding that reads it.
         self.next_token = torch.zeros(slots + 1, dtype=torch.int64, device=weights.embedding_VC.device)
-        self._graphs: dict[tuple[int, int, Mode], Graph] = {}
-        self._pools = {s.device: torch.cuda.graph_pool_handle() for s in self.stages if s.device.type == "cuda"}
+        self._graphs = {s.device: Graphs(s.device) for s in self.stages if s.device.type == "cuda"}
         self._slots: tuple[tuple[int, ...], dict[torch.device, Tensor]] = ((), {})
 
     def bind(self, slot: int, pages: Sequence[int], params: SamplingParams, tokens: Sequence[int], fresh: bool) -> None:
@@ -98,9 +98,9 @@ class Runner:
         """The token at `position`, right behind the chunk whose stream is h: one row."""
         with on(h_BSC.device):
             logits_BV = self.weights.head(self.cfg, h_BSC[:, -1:])[:, 0]
-            row_B = torch.tensor([slot], device=h_BSC.device)
+            row_B = torch.full((1,), slot, device=h_BSC.device)
             chosen = sample(logits_BV, self.sampling, row_B, torch.full_like(row_B, position), mode)
-            self.next_token[slot] = chosen.token[0].to(self.next_token.device, non_blocking=True)
+            self.next_token[slot] = chosen.token[0].to(self.next_token.device)
         return chosen
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class Runner:
                 h_BSC = self.prefill(tokens[start : start + chunk], slot, start, check)
         except Found as found:
             return str(found)
-        with torch.no_grad():
+        with torch.no_grad(), on(h_BSC.device):
             logits = self.weights.head(self.cfg, h_BSC[:, -1:])
         return None if logits.isfinite().all() else "lm_head"
 
@@ -156,21 +156,21 @@ class Runner:
     def _slot_tensors(self, slots: tuple[int, ...]) -> dict[torch.device, Tensor]:
         """Slot numbers on every stage's device, padded to a bucket where there are graphs; kept while they repeat."""
         if self._slots[0] != slots:
-            padded = [*slots, *[-1] * (bucket(len(slots)) - len(slots))] if self._pools else slots
+            padded = [*slots, *[-1] * (bucket(len(slots)) - len(slots))] if self._graphs else slots
             slot_B = torch.tensor(padded, dtype=torch.int32)
             self._slots = slots, {stage.device: slot_B.to(stage.device) for stage in self.stages}
         return self._slots[1]
 
     def _run(self, number: int, mode: Mode, slot_B: Tensor, *stream: Tensor) -> Outputs:
-        if not self._pools:
+        device = self.stages[number].device
+        if device not in self._graphs:
             return self._stage(number, mode, slot_B, *stream)
+
+        def padding() -> tuple[Tensor, ...]:
+            return torch.full_like(slot_B, -1), *(torch.zeros_like(x) for x in stream)
+
         key = (number, len(slot_B), mode)
-        if key not in self._graphs:
-            padding = torch.full_like(slot_B, -1), *(torch.zeros_like(x) for x in stream)
-            self._graphs[key] = Graph(
-                lambda *x: self._stage(number, mode, *x), padding, self._pools[self.stages[number].device]
-            )
-        return self._graphs[key](slot_B, *stream)
+        return self._graphs[device].run(key, partial(self._stage, number, mode), (slot_B, *stream), padding)
 
     def _stage(self, number: int, mode: Mode, slot_B: Tensor, *stream: Tensor) -> Outputs:
         """A stage's layers for one token a row: the stream [B, C] behind them, or for the last stage the tokens."""

@@ -77,13 +77,13 @@ class SamplingState:
 
 def sample(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor, mode: Mode) -> Chosen:
     """One token a row, for the positions int64 [B] that they will have. In mode "full" `state.seen` is updated."""
-    z_BV = logits_BV.float()
-    best_B, token_B = z_BV.max(-1)  # NaN wins
+    best_B, token_B = logits_BV.max(-1)  # NaN wins
     good_B = best_B.isfinite()
     report: tuple[Tensor, ...] = ()
     if mode == "plain":
-        token_B = _draw(z_BV, state, slot_B, position_B).argmax(-1)
+        token_B = _draw(logits_BV, state, slot_B, position_B).argmax(-1)
     if mode == "full":
+        z_BV = logits_BV.float()
         logp_BV = z_BV.log_softmax(-1)
         seen_BV, penalty_B1 = state.seen[slot_B], state.penalty[slot_B, None]
         z_BV = torch.where(seen_BV, torch.where(z_BV > 0, z_BV / penalty_B1, z_BV * penalty_B1), z_BV)

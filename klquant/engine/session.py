@@ -73,23 +73,32 @@ class Chat:
         self._engine, self.session = engine, Session(engine)
         self.messages: list[Message] = []
         self._said = ""  # the text behind the session's tokens, a final end token excepted
+        self._answering: Iterator[Delta] | None = None
 
     def ask(self, text: str, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Say `text` and stream the answer, which becomes part of the conversation however it ends.
+        """Say `text` and stream the answer, which becomes part of the conversation however it ends; an answer still
+        running ends here.
 
         Where the template writes the conversation so far as it was, only what is new is computed. Raises UserError
         when the conversation fills the context, and forgets `text`.
         """
+        self._end()
         messages = [*self.messages, {"role": "user", "content": text}]
         whole = self._engine.tokenizer.render_chat(messages, generation_prompt=True)
         deltas = self.session.stream(self._ids(messages, whole), params)
         self.messages = messages
-        return self._listen(whole, deltas)
+        self._answering = self._listen(whole, deltas)
+        return self._answering
 
     def reset(self) -> None:
         """Begin a new conversation."""
+        self._end()
         self.session.reset()
         self.messages, self._said = [], ""
+
+    def _end(self) -> None:
+        if self._answering:
+            self._answering.close()
 
     def _listen(self, whole: str, deltas: Iterator[Delta]) -> Iterator[Delta]:
         try:

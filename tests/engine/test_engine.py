@@ -255,6 +255,15 @@ def test_a_conversation_goes_on_after_being_cancelled(loaded):
     assert len(chat.session.answer().tokens) == GREEDY.max_new_tokens and chat.session.computed > computed
 
 
+def test_asking_on_ends_the_answer_before(loaded):
+    chat = Chat(make(loaded))
+    first = chat.ask("hello", GREEDY)
+    said = next(first).text
+    list(chat.ask("more", GREEDY))
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+    assert chat.messages[1]["content"].startswith(said) and not list(first)
+
+
 def test_what_a_stop_text_cut_off_was_not_said(loaded):
     engine = make(loaded)
     chat = Chat(engine)

@@ -39,7 +39,7 @@ def prompts(tokenizer, count=7):
 
 def eager(engine):
     """The same engine without graphs and without padding."""
-    engine.runner._pools = {}
+    engine.runner._graphs = {}
     return engine
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from klquant.kernels.kda.weights import KDADecode
 from tests.kernels.build import DEVICE, LIMIT, can_run, error
 from tests.triton_interpreter import interpreting, needs_triton, teach_bf16_products, teach_bf16_rounding
 
@@ -12,7 +13,6 @@ pytestmark = [needs_triton, pytest.mark.skipif(not can_run, reason="needs a CUDA
 if can_run:
     from klquant.kernels.kda import reference as kda_reference
     from klquant.kernels.kda import triton as kda_triton
-    from klquant.kernels.kda.weights import KDADecode
     from klquant.kernels.mla import reference as mla_reference
     from klquant.kernels.mla import triton as mla_triton
     from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
