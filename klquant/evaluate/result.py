@@ -2,21 +2,20 @@
 
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from klquant.errors import UserError
 from klquant.evaluate.options import DtypeName, StoreKind
+from klquant.evaluate.part import Part
+from klquant.evaluate.tasks.record import TaskScore, other_items
 
+# A section that comes with a default leaves this as it is: files without it are read as before, and an older klquant
+# refuses files with it, naming the key. What changes the meaning of a key, or takes one away, counts up.
 SCHEMA = 1
-
-
-class Part(BaseModel):
-    """Unknown keys are errors; non-finite numbers are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Interval(Part):
@@ -210,6 +209,7 @@ class Result(Part):
     layers: list[LayerDrift]
     floor: Floor | None
     quantization: Quantization | None
+    tasks: list[TaskScore] = Field(default_factory=list)
     notes: list[str]
     provenance: Provenance
 
@@ -244,6 +244,10 @@ def check_comparable(results: Sequence[tuple[str, Result]]) -> None:
         reason = _difference(first, other)
         if reason is not None:
             raise UserError(f"{first_name} and {name} cannot be compared: {reason}")
+    for (name, a), (other_name, b) in combinations(results, 2):  # the first one may lack a task that others have
+        reason = other_items(a.tasks, b.tasks)
+        if reason is not None:
+            raise UserError(f"{name} and {other_name} cannot be compared: {reason}")
 
 
 def _difference(a: Result, b: Result) -> str | None:

@@ -5,7 +5,7 @@ import pytest
 from klquant.report.comparison import Comparison
 from klquant.report.page import html
 from tests.report.browser import Browser, find_browser
-from tests.report.build import result
+from tests.report.build import result, tasks
 
 WIDTHS = (390, 1440)
 
@@ -20,7 +20,11 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    results = [result("int8", 0.002, 50), result("int4-g32-" + "long-name-" * 8, 0.0125, 27), result("int3", 0.06, 21)]
+    results = [
+        result("int8", 0.002, 50, tasks=tasks(0)),
+        result("int4-g32-" + "long-name-" * 8, 0.0125, 27, tasks=tasks(3)),
+        result("int3", 0.06, 21, tasks=tasks(9)),
+    ]
     file = tmp_path_factory.mktemp("page") / "report.html"
     file.write_text(html(Comparison.of([(f"{i}.json", r) for i, r in enumerate(results)])), encoding="utf-8")
     return file
