@@ -51,20 +51,20 @@ def task_tables(c: Comparison) -> list[Table]:
 
 
 def _overview(c: Comparison, found: Sequence[Asked]) -> Table:
+    """Rows are metrics: there may be many, with long names."""
+    compared = any(a.reference is not None for a in found)
+    columns = (*(["reference"] if compared else []), *(v.name for v in c.variants), "by chance")
     rows = []
-    if any(a.reference is not None for a in found):
-        rows.append(Row(Cell("reference"), tuple(_value(a, a.reference) for a in found), "reference"))
-    for i, v in enumerate(c.variants):
-        rows.append(Row(Cell(v.name, series=i), tuple(_score(a, a.scores[i]) for a in found)))
-    if any(a.any.chance is not None for a in found):
-        cells = tuple(Cell("" if a.any.chance is None else _number(a, a.any.chance)) for a in found)
-        rows.append(Row(Cell("by chance"), cells, "floor"))
+    for a in found:
+        chance = Cell("" if a.any.chance is None else _number(a, a.any.chance), quiet=True)
+        reference = [_value(a, a.reference)] if compared else []
+        rows.append(Row(Cell(a.any.task, a.any.metric), (*reference, *(_score(a, s) for s in a.scores), chance)))
     note = (
         "Below a variant's score: its change from the reference on the same items, ± one standard error of it. "
         f"≈: no more than {SURE} standard errors, a change that another choice of items may not show. Where all items "
         "agree the error is 0: what happens to fewer than 3 in n items is then still not excluded (95 %)."
     )
-    return Table("Scores", tuple(a.name for a in found), tuple(rows), note, corner="variant")
+    return Table("Scores", columns, tuple(rows), note, corner="task")
 
 
 def _settings(found: Sequence[Asked]) -> Table:
@@ -100,6 +100,8 @@ def _score(a: Asked, score: TaskScore | None) -> Cell:
     error = "" if d.standard_error is None else f" ± {scale * d.standard_error:.{places}f}"
     unclear = d.standard_error is not None and abs(d.mean) <= SURE * d.standard_error
     change = f"{'≈ ' if unclear else ''}{scale * d.mean:+.{places}f}{error}"
+    if d.paired and d.mean == d.standard_error == 0:
+        change = "no item changed"
     return Cell(_number(a, score.value), change, quiet=unclear)
 
 
