@@ -235,8 +235,15 @@ def test_what_a_user_can_mend_is_one_line(tiny, options, tasks, tmp_path, capfd,
     assert capfd.readouterr() == ("", "")
 
 
-def test_unknown_names_get_near_ones_and_missing_files_are_said(tiny, options, tmp_path):
-    with pytest.raises(UserError, match=r"no task 'gsm8'; near it: gsm8k"):
-        run(tiny, options, tmp_path / "r.json", ["gsm8"])
+def test_unknown_names_get_near_ones_and_missing_files_are_said(tiny, options, tasks, home, tmp_path, monkeypatch):
+    manager = TaskManager(include_defaults=False, include_path=home)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)
+    for name, hint in (
+        ("writes", "near it: write"),
+        ("needel", "near it: needle"),
+        ("zzz", "`lm-eval ls tasks` names"),
+    ):
+        with pytest.raises(UserError, match=rf"no task '{name}'; {hint}"):
+            run(tiny, options, tmp_path / "r.json", [name])
     with pytest.raises(UserError, match=r"none\.yaml: no such file"):
         run(tiny, options, tmp_path / "r.json", ["none.yaml"])
