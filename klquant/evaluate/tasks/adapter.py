@@ -7,7 +7,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from klquant.errors import UserError
 from klquant.evaluate.options import Watcher
 from klquant.evaluate.tasks.generate import Prompt, generate
 from klquant.evaluate.tasks.model import Answer, Query, TaskModel, require_resident
@@ -66,8 +65,6 @@ class Adapter(LM):
         prompts, stops = [], []
         for request in requests:
             context, settings = request.args[0], request.args[1]
-            if settings.get("do_sample") or settings.get("temperature"):
-                raise UserError(f"task {self.task} samples its answers; only greedy ones can be compared, leave it out")
             until = settings.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
             most = next((int(settings[name]) for name in _MOST if settings.get(name) is not None), MOST_NEW)

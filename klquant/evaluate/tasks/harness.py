@@ -120,6 +120,8 @@ class HarnessTask:
             for request in task.instances:
                 asked = [name, request.request_type, request.doc_id, request.idx, *request.args]
                 digest.update(json.dumps(asked, default=str).encode())
+                if request.request_type == "generate_until" and _samples(request.args[1]):
+                    raise UserError(f"task {name} samples its answers; only greedy ones can be compared, leave it out")
         return digest.hexdigest()
 
     def run(self, model: TaskModel, text: TaskText, watcher: Watcher, stage: str, sha256: str) -> list[TaskResult]:
@@ -217,6 +219,11 @@ def _chance(tasks: Sequence["Task"]) -> float | None:
             choices[request.doc_id].add(request.args)
         shares += [1 / len(c) for c in choices.values()]
     return sum(shares) / len(shares)
+
+
+def _samples(settings: Mapping[str, Any]) -> bool:
+    """What a task says of its writing, as lm-eval understands it."""
+    return bool(settings.get("do_sample", (settings.get("temperature") or 0) > 0))
 
 
 def _is_file(name: str) -> bool:
