@@ -7,10 +7,11 @@ from typing import get_args
 
 import click
 
-from klquant.evaluate.options import BaselineMethod, DtypeName, EvalOptions, StoreKind
+from klquant.evaluate.options import BaselineMethod, DtypeName, EvalOptions, StoreKind, TaskOptions
 from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
 
 _DEFAULT = EvalOptions()
+_TASKS = TaskOptions(())
 
 
 @click.command("eval")
@@ -33,12 +34,23 @@ _DEFAULT = EvalOptions()
               help="How the reference is kept: whole, or top tokens and samples.  [default: by size]")  # fmt: skip
 @click.option("--reference-cache", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where the reference pass is kept for other variants.  [default: beside the result]")  # fmt: skip
+@click.option(
+    "--tasks",
+    metavar="NAME,…",
+    help="Also answer tasks: needle (built in), or lm-eval's such as mmlu,gsm8k,humaneval, or a YAML file.",
+)
+@click.option("--task-limit", type=click.IntRange(1), help="Items of each task, and of each length of needle.")
+@click.option("--few-shot", type=click.IntRange(0), help="Examples before a question.  [default: the task's]")
+@click.option("--task-seed", type=int, default=_TASKS.seed, show_default=True, help="Of examples and needles.")
+@click.option("--chat", is_flag=True, help="Ask lm-eval's tasks through the model's chat template.")
+@click.option("--run-code", is_flag=True, help="Let tasks such as humaneval run programs that the model wrote.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The result, a JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result instead of a table.")
 def command(
     model: Path, against: Path | None, method: BaselineMethod | None, recipe: str | None, data: tuple[str, ...],
     windows: int, window: int, device: str, dtype: DtypeName | None, floor: bool, store: StoreKind | None,
-    reference_cache: Path | None, out: Path, as_json: bool,
+    reference_cache: Path | None, tasks: str | None, task_limit: int | None, few_shot: int | None, task_seed: int,
+    chat: bool, run_code: bool, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Score MODEL on text: its divergence from the checkpoint --against, perplexity, where it differs, and its size.
 
@@ -57,9 +69,14 @@ def command(
 
     if floor and against is None and method is None:
         raise click.UsageError("--floor needs --against")
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    asked = TaskOptions(names, task_limit, few_shot, task_seed, chat, run_code)
+    if asked != _TASKS and not names:
+        raise click.UsageError("--task-limit, --few-shot, --task-seed, --chat and --run-code need --tasks")
     options = EvalOptions(
         data=",".join(data), windows=windows, window=window, device=str(pick_device(device)), dtype=dtype, store=store,
-        reference_cache=reference_cache, floor=floor, command=("klquant", *sys.argv[1:]),
+        reference_cache=reference_cache, floor=floor, tasks=asked if names else None,
+        command=("klquant", *sys.argv[1:]),
     )  # fmt: skip
     baseline = None if method is None else baseline_of(model, chosen, method)
     with Bar() as bar:

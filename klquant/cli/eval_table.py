@@ -10,6 +10,7 @@ from rich.text import Text
 
 from klquant.cli.render import console, decimal
 from klquant.evaluate.result import Interval, Quality, Result
+from klquant.evaluate.tasks.record import TaskScore
 
 
 class Bar:
@@ -67,6 +68,10 @@ def print_result(result: Result, path: Path) -> None:
     out.print(_table(result))
     if result.reference is not None:
         out.print(Text("KLD in nats a token; ± 95 % over windows.", style="dim"))
+    if result.tasks:
+        out.print()
+        out.print(_task_table(result.tasks))
+        out.print(Text("± one standard error; of a change, that of the items' differences.", style="dim"))
     out.print(Text(f"{result.overall.positions:,} tokens; result in {path}", style="dim", overflow="fold"))
 
 
@@ -83,6 +88,26 @@ def _table(result: Result) -> Table:
     if result.floor is not None:
         table.add_row("floor", *_cells(result.floor.overall), style="dim")
     return table
+
+
+def _task_table(tasks: list[TaskScore]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("task")
+    compared = tasks[0].reference is not None
+    names = ("items", "score", "±", "chance", *(("reference", "change", "±") if compared else ()))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for t in tasks:
+        cells = [f"{t.task} {t.metric}", f"{t.items:,}", f"{t.value:.4f}", _error(t.standard_error),
+                 "" if t.chance is None else f"{t.chance:.3f}"]  # fmt: skip
+        if compared:
+            cells += [f"{t.reference.value:.4f}", f"{t.difference.mean:+.4f}", _error(t.difference.standard_error)]
+        table.add_row(*cells)
+    return table
+
+
+def _error(x: float | None) -> str:
+    return "" if x is None else f"{x:.4f}"
 
 
 def _cells(q: Quality) -> list[str]:

@@ -11,6 +11,20 @@ By = Literal["class", "layer"]
 
 
 @dataclass(frozen=True)
+class TaskOptions:
+    """`names`: lm-eval's tasks and groups, YAML files of such, or klquant's needle tasks. `limit`: items of each (of
+    each length of a needle); `few_shot`: examples before a question; None for both: as the task has it. `chat`: through
+    the model's chat template. `run_code`: programs that a model writes may be run."""
+
+    names: tuple[str, ...]
+    limit: int | None = None
+    few_shot: int | None = None
+    seed: int = 0
+    chat: bool = False
+    run_code: bool = False
+
+
+@dataclass(frozen=True)
 class EvalOptions:
     """What may be chosen beside model, reference and output.
 
@@ -27,6 +41,7 @@ class EvalOptions:
     store: StoreKind | None = None
     reference_cache: Path | None = None
     floor: bool = False
+    tasks: TaskOptions | None = None
     command: tuple[str, ...] = ()
 
 

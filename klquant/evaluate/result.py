@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from klquant.errors import UserError
 from klquant.evaluate.options import BaselineMethod, DtypeName, StoreKind
 from klquant.evaluate.part import Part
+from klquant.evaluate.tasks.record import TaskScore, other_items
 
+# A section that comes with a default leaves this as it is: files without it are read as before, and an older klquant
+# refuses files with it, naming the key. What changes the meaning of a key, or takes one away, counts up.
 SCHEMA = 1
 
 
@@ -217,6 +221,7 @@ class Result(Part):
     layers: list[LayerDrift]
     floor: Floor | None
     quantization: Quantization | None
+    tasks: list[TaskScore] = Field(default_factory=list)
     notes: list[str]
     provenance: Provenance
 
@@ -267,6 +272,11 @@ def check_comparable(results: Sequence[tuple[str, Comparable]]) -> None:
         reason = difference(first, other)
         if reason is not None:
             raise UserError(f"{first_name} and {name} cannot be compared: {reason}")
+    scored = [(name, result.tasks) for name, result in results if isinstance(result, Result)]
+    for (name, a), (other_name, b) in combinations(scored, 2):  # the first one may lack a task that others have
+        reason = other_items(a, b)
+        if reason is not None:
+            raise UserError(f"{name} and {other_name} cannot be compared: {reason}")
 
 
 def difference(a: Comparable, b: Comparable) -> str | None:

@@ -3,8 +3,10 @@
 import os
 import platform
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,12 +17,15 @@ from klquant.checkpoint.writer import write_json
 from klquant.errors import UserError
 from klquant.evaluate.baselines import BaselineModel
 from klquant.evaluate.options import EvalOptions, Silent, StoreKind, Watcher
-from klquant.evaluate.passes import Passes
+from klquant.evaluate.passes import DTYPES, Passes
 from klquant.evaluate.quantization import calibrated_on, quantization
-from klquant.evaluate.result import Data, DomainText, Provenance, Quantization, Reference, Result
+from klquant.evaluate.result import Checkpoint, Data, DomainText, Provenance, Quantization, Reference, Result
 from klquant.evaluate.size import describe
-from klquant.evaluate.source import DeviceSource
+from klquant.evaluate.source import DeviceSource, Source
+from klquant.evaluate.tasks.suite import Side, Suite
+from klquant.evaluate.tasks.suite import notes as cut_questions
 from klquant.evaluate.text import EvalText, eval_text
+from klquant.evaluate.trace import Runner
 from klquant.evaluate.windows import WindowFolder
 
 CACHE = "reference-cache"
@@ -54,6 +59,7 @@ def evaluate(
     notes = [*text.notes, *notes, *(overlap_of(model, text) if baseline is None else [])]
     for note in notes:
         watcher.note(note)
+    suite = _suite(source, theirs or ours, passes, options, watcher)
     reference = cache = floor = None
     if theirs is not None:
         reference = Reference(
@@ -65,6 +71,16 @@ def evaluate(
     purpose = passes.purpose(checkpoint.fingerprint, dtype) | {"reference": cache and cache.folder.name}
     journal = WindowFolder.open(out.with_name(out.name + UNFINISHED), purpose)
     scored = passes.compare(source, dtype, cache, journal, "model")
+    tasks = []
+    if suite is not None:
+        sides = [_side("model", source, checkpoint, passes, journal.folder)]
+        if theirs is not None:
+            caches = options.reference_cache or out.parent / CACHE
+            sides.append(_side("reference", truth, reference.checkpoint, passes, caches))
+        tasks = suite.score(*sides)
+        for note in cut_questions(tasks):
+            watcher.note(note)
+            notes.append(note)
     result = Result(
         model=checkpoint,
         arithmetic=passes.arithmetic(dtype),
@@ -73,6 +89,7 @@ def evaluate(
         **passes.figures(scored, source),
         floor=floor,
         quantization=made,
+        tasks=tasks,
         notes=notes,
         provenance=provenance_of(options, scored.seconds, scored.tokens),
     )
@@ -130,6 +147,26 @@ def _text(ours: QuantizedReader, reader: QuantizedReader, options: EvalOptions) 
     if differs and _cut(load_tokenizer(ours.files.folder), options).sha256 != text.sha256:
         raise UserError(f"{own}: cuts the text into other tokens than {tokenizer.file}; copy that one over")
     return text
+
+
+def _suite(
+    source: Source, theirs: QuantizedReader, passes: Passes, options: EvalOptions, watcher: Watcher
+) -> Suite | None:
+    """The tasks, asked through the reference's tokenizer; what can be wrong with them is raised here."""
+    if options.tasks is None:
+        return None
+    folder = theirs.files.folder
+    suite = Suite(options.tasks, load_tokenizer(folder), folder, source.config.max_context, watcher)
+    suite.require(Runner(source, DTYPES[passes.dtype], passes.device))
+    return suite
+
+
+def _side(
+    whose: Literal["model", "reference"], source: Source, checkpoint: Checkpoint, passes: Passes, folder: Path
+) -> Side:
+    purpose = {"weights": checkpoint.fingerprint, "arithmetic": passes.arithmetic(passes.dtype).model_dump()}
+    runner = partial(Runner, source, DTYPES[passes.dtype], passes.device)
+    return Side(whose, checkpoint.name, runner, purpose, folder / "tasks")
 
 
 def _cut(tokenizer: Tokenizer, options: EvalOptions) -> EvalText:

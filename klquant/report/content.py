@@ -9,6 +9,7 @@ from klquant.report.sensitive import sensitivity_tables
 from klquant.report.spell import disk
 from klquant.report.table import Table
 from klquant.report.tables import choice_table, closeness, memory_tables, quality_table, size_table, summary_table
+from klquant.report.tasks import task_tables
 from klquant.report.where import class_table, expert_table, fallbacks, layer_table
 
 
@@ -36,6 +37,7 @@ class Content:
     notes: list[str]
     close: list[str]
     quality: list[Table]
+    tasks: list[Table]
     sizes: list[Table]
     classes: Table | None
     sensitivity: list[Table]
@@ -54,6 +56,7 @@ def content(c: Comparison) -> Content:
         notes=_notes(c),
         close=closeness(c),
         quality=[quality_table(c, domain) for domain in (None, *domains)],
+        tasks=task_tables(c),
         sizes=[size_table(c), *memory_tables(c)],
         classes=class_table(c),
         sensitivity=sensitivity_tables(c),

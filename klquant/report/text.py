@@ -22,6 +22,7 @@ def as_markdown(c: Comparison) -> str:
         *section("Choose", said.choice, said.summary, text=[said.floor]),
         *(f"- {escape(note)}\n" for note in said.notes),
         *section("Quality against the reference", *said.quality, text=said.close),
+        *(section("Tasks", *said.tasks) if said.tasks else []),
         *section("Where it errs", *([said.classes] if said.classes else []), *said.sensitivity,
                  text=[f"{v.name}: {v.fallbacks}" for v in said.variants]),
         *section("Size", *said.sizes),

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -64,6 +65,31 @@ def test_a_baseline_is_judged_against_the_model_itself(tiny, texts, tmp_path):
     assert done.stdout.startswith(f"RTN of {tiny}")
 
 
+def test_tasks_are_shown_beside_the_references(tiny, other, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("klquant.cli.render.PIPE_WIDTH", 80)
+    monkeypatch.setattr("klquant.evaluate.tasks.needle.LENGTHS", (900,))
+    out = tmp_path / "r.json"
+    asked = ("--tasks", "needle_multikey, needle_single", "--task-limit", 3, "--task-seed", 7)
+    done = run(other, "--against", tiny, "--data", texts, "--window", 64, "--windows", 1, *asked, "-o", out)
+    assert done.exit_code == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    first = load_result(out).tasks[0]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("needle_multikey acc")]
+    assert line.split()[2:] == [
+        "3", f"{first.value:.4f}", f"{first.standard_error:.4f}", "0.125", f"{first.reference.value:.4f}",
+        f"{first.difference.mean:+.4f}", f"{first.difference.standard_error:.4f}",
+    ]  # fmt: skip
+    assert first.seed == 7 and "needle_single, reference" in done.stderr
+
+
+def test_without_lm_eval_its_tasks_say_what_to_install(tiny, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    done = run(tiny, "--data", texts, "--window", 64, "--tasks", "gsm8k", "-o", tmp_path / "r.json")
+    assert done.exit_code == 2
+    assert "pip install 'klquant[tasks]'; of klquant's own there is needle, " in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -74,6 +100,8 @@ def test_a_baseline_is_judged_against_the_model_itself(tiny, texts, tmp_path):
         (("--recipe", "int4"), "--recipe needs --as"),
         (("--as", "nf3"), "'nf3' is not one of"),
         (("--device", "cuda:9"), "cuda:9"),
+        (("--few-shot", "5"), "need --tasks"),
+        (("--tasks", "needle", "--chat", "--window", 64), "no chat template"),
         (("--window", 10**6), "do not fill one window"),
     ],
 )

@@ -26,6 +26,8 @@ from klquant.evaluate.result import (
     Size,
 )
 from klquant.evaluate.sensitivity_result import Entry, Quantizer, SensitivePart, Sensitivity
+from klquant.evaluate.tasks.record import TaskResult, TaskScore
+from klquant.evaluate.tasks.scores import compare, task_value
 from klquant.recipe.memory import CARDS, GIB
 
 DOMAINS = ("book", "code", "chinese", "technical")
@@ -100,6 +102,34 @@ def quantization(recipe: str, error: float, count: int = 8) -> Quantization:
     )
     return Quantization(recipe=recipe, target="klquant", errors=rows, fallbacks=[],
                         expert_tokens={i: [300 + 10 * e for e in range(16)] for i in range(1, count)})  # fmt: skip
+
+
+def task(
+    name: str, lost: int, parts: dict[str, int], metric: str = "acc", chance: float | None = 0.25, **changes: object
+) -> TaskScore:
+    """A task where the reference has a quarter of the items wrong, and the model `lost` more."""
+
+    def taken(missed: int) -> TaskResult:
+        right = iter([0.0] * missed + [1.0] * (sum(parts.values()) - missed))
+        scores = {part: [next(right) for _ in range(n)] for part, n in parts.items()}
+        return TaskResult(**dict(task_value(scores, "items")), **{
+            "task": name, "metric": metric, "higher_is_better": True, "chance": chance, "weighted_by": "items",
+            "items": sum(parts.values()), "cut": 0, "few_shot": 5, "limit": None, "seed": 0, "chat": False,
+            "version": "lm-eval 0.4.13, task 1.0", "sha256": "ef" * 32, **changes,
+        })  # fmt: skip
+
+    missed = sum(parts.values()) // 4
+    return compare(taken(missed + lost), taken(missed))
+
+
+def tasks(lost: int) -> list[TaskScore]:
+    """Three kinds: many parts, one part, lengths."""
+    subjects = {f"subject {i}": 40 for i in range(12)}
+    return [
+        task("mmlu", lost, subjects),
+        task("gsm8k", lost, {"gsm8k": 200}, "exact_match, strict-match", None),
+        task("needle_multikey", 0, {"1,024 tokens": 20, "65,536 tokens": 20}, chance=0.125, few_shot=0),
+    ]
 
 
 def result(

@@ -5,7 +5,7 @@ import pytest
 from klquant.report.comparison import Comparison
 from klquant.report.page import html
 from tests.report.browser import Browser, find_browser
-from tests.report.build import baseline, result, sensitivity
+from tests.report.build import baseline, result, sensitivity, tasks
 
 WIDTHS = (390, 1440)
 
@@ -20,8 +20,12 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    results = [result("int8", 0.002, 50), result("int4-g32-" + "long-name-" * 8, 0.0125, 27), result("int3", 0.06, 21),
-               baseline()]  # fmt: skip
+    results = [
+        result("int8", 0.002, 50, tasks=tasks(0)),
+        result("int4-g32-" + "long-name-" * 8, 0.0125, 27, tasks=tasks(3)),
+        result("int3", 0.06, 21, tasks=tasks(9)),
+        baseline(),
+    ]
     parts = [("s.json", sensitivity(0.01, 0.02, 0.0001, by=by)) for by in ("class", "layer")]
     file = tmp_path_factory.mktemp("page") / "report.html"
     file.write_text(html(Comparison.of([(f"{i}.json", r) for i, r in enumerate(results)], parts)), encoding="utf-8")

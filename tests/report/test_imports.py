@@ -5,7 +5,10 @@ from pathlib import Path
 import klquant.report
 from tests.test_layers import imports
 
-ALLOWED = {"klquant.errors", "klquant.evaluate.result", "klquant.evaluate.sensitivity_result", "klquant.recipe.memory"}
+ALLOWED = {
+    "klquant.errors", "klquant.evaluate.result", "klquant.evaluate.sensitivity_result", "klquant.evaluate.tasks.record",
+    "klquant.recipe.memory",
+}  # fmt: skip
 
 
 def test_the_report_knows_the_results_schema_and_the_cards_only():
