@@ -13,7 +13,7 @@ from klquant.core.spec import WeightSpec
 # Compute capability → shared memory a block may have, in KiB.
 CARDS = {80: 163, 86: 99, 89: 99, 90: 227}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
-            torch.int16: "*i16", torch.int8: "*i8"}  # fmt: skip
+            torch.int64: "*i64", torch.int16: "*i16", torch.int8: "*i8"}  # fmt: skip
 
 
 @dataclass(frozen=True)
