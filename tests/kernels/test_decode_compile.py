@@ -30,7 +30,7 @@ def floats(*shape: int) -> torch.Tensor:
 def steps(dtype: torch.dtype) -> Iterator:
     """The launches that do not depend on the card."""
     from klquant.kernels.kda import triton as kda
-    from klquant.kernels.mla import triton as mla
+    from klquant.kernels.mla import write
     from klquant.kernels.moe import router
     from klquant.kernels.norm import triton as norm
 
@@ -46,7 +46,7 @@ def steps(dtype: torch.dtype) -> Iterator:
     for stored in STORED:
         pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
         kv_a, position = meta(4, RANK + ROPE, dtype=dtype), meta(4, dtype=torch.int64)
-        yield lambda kv_a=kv_a, pages=pages, position=position: mla.write_latent(
+        yield lambda kv_a=kv_a, pages=pages, position=position: write.write_latent(
             kv_a, meta(RANK, dtype=dtype), pages, position
         )
     h, weight = meta(4, HIDDEN, dtype=dtype), meta(HIDDEN, dtype=dtype)

@@ -4,19 +4,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from klquant.kernels.kda.weights import KDADecode
+from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
+from klquant.kernels.mla.tiles import Tile
 from tests.kernels.build import DEVICE, LIMIT, can_run, error
 from tests.triton_interpreter import interpreting, needs_triton, teach_bf16_products, teach_bf16_rounding
 
 pytestmark = [needs_triton, pytest.mark.skipif(not can_run, reason="needs a CUDA GPU, or a process that interprets")]
 
 if can_run:
+    from klquant.kernels.kda import dispatch as kda_dispatch
     from klquant.kernels.kda import reference as kda_reference
     from klquant.kernels.kda import triton as kda_triton
-    from klquant.kernels.kda.weights import KDADecode
+    from klquant.kernels.mla import dispatch as mla_dispatch
     from klquant.kernels.mla import reference as mla_reference
     from klquant.kernels.mla import triton as mla_triton
-    from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
-    from klquant.kernels.mla.tiles import Tile
+    from klquant.kernels.mla import write
     from klquant.kernels.moe import reference as moe_reference
     from klquant.kernels.moe import router
     from klquant.kernels.norm import reference as norm_reference
@@ -108,11 +111,11 @@ def test_kda_decode(heads, dim, rank, taps, dtype):
 FORMATS = [None, torch.float8_e4m3fn, torch.int8]
 
 
-def on_device(pages: "LatentPages") -> "LatentPages":
+def on_device(pages: LatentPages) -> LatentPages:
     return LatentPages(pages.data.to(DEVICE), None if pages.scale is None else pages.scale.to(DEVICE))
 
 
-def poisoned_pages(count: int, latent: int, dtype: torch.dtype) -> "LatentPages":
+def poisoned_pages(count: int, latent: int, dtype: torch.dtype) -> LatentPages:
     """Every value NaN, or a large code with a NaN scale."""
     pages = LatentPages.empty(count, latent, dtype, "cpu")
     pages.data.view(torch.uint8).fill_(0x7F if pages.scale is not None else 0xFF)
@@ -132,7 +135,7 @@ def test_write_latent(stored, dtype):
     want = poisoned_pages(3, 48, stored or dtype)
     pages = on_device(want)
     kv_a[2] = NAN
-    mla_triton.write_latent(strided(kv_a), weight.to(DEVICE), pages, position.to(DEVICE))
+    write.write_latent(strided(kv_a), weight.to(DEVICE), pages, position.to(DEVICE))
     mla_reference.write_latent(kv_a, weight, want, position)
     got, bits = pages.data.cpu().view(torch.uint8), want.data.view(torch.uint8)
     # rsqrt of a GPU and of a CPU may differ in the last bit, and so may a rounded value now and then.
@@ -201,3 +204,39 @@ def test_route_tokens(tokens, dtype):
     want, chosen = moe_reference.route_tokens(x.double(), weights.double(), bias.double(), 3, 2.446, True)
     assert torch.equal(expert.cpu(), chosen)
     assert torch.allclose(weight.cpu().double(), want, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_lengths_and_slots():
+    """One graph serves other lengths, pages and slots, and repeats its bits."""
+    heads, nope, rope, v, rank = 32, 128, 64, 128, 512
+    pages, table, _ = cached([3000, 700, 64], rank + rope, torch.int8, torch.bfloat16)
+    pages, table = on_device(pages), table.clamp_max(len(pages.data) - 1).to(DEVICE)
+    q, kv_b = (
+        torch.randn(3, heads, nope + rope).bfloat16(),
+        torch.randn(heads * (nope + v), rank).bfloat16() / rank**0.5,
+    )
+    q, kv_b = to_device(q, kv_b)
+    length = torch.tensor([1, 1, 1], dtype=torch.int32, device=DEVICE)
+    w = kda_case(4, 128, 128, 4, torch.bfloat16)
+    w = KDADecode(**{name: t.to(DEVICE) for name, t in vars(w).items()})
+    qkv, low = to_device(torch.randn(3, 3 * 512).bfloat16(), torch.randn(3, 260).bfloat16())
+    conv, s = torch.randn(5, 3 * 512, 3).bfloat16().to(DEVICE), torch.randn(5, 4, 128, 128, device=DEVICE)
+    slot = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+
+    def step(conv, s):
+        out = mla_dispatch.mla_decode(q, kv_b, pages, table, length, 0.07)
+        return out, kda_dispatch.kda_decode(qkv, low, w, conv, s, slot, 1e-5)
+
+    step(conv.clone(), s.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(conv, s)
+    for lengths, slots in (([3000, 700, 64], [4, 0, 1]), ([65, 0, 63], [2, -1, 3]), ([2047, 1, 0], [0, 1, -1])):
+        length.copy_(torch.tensor(lengths))
+        slot.copy_(torch.tensor(slots))
+        before = conv.clone(), s.clone()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(*before), strict=True))
+        assert torch.equal(conv, before[0])
+        assert torch.equal(s, before[1])

@@ -16,9 +16,9 @@ def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position
     """
     if not kv_a.is_cuda:
         return reference.write_latent(kv_a, norm_weight, pages, position_T)
-    from klquant.kernels.mla import triton
+    from klquant.kernels.mla import write
 
-    return triton.write_latent(kv_a, norm_weight, pages, position_T)
+    return write.write_latent(kv_a, norm_weight, pages, position_T)
 
 
 def mla_decode(
