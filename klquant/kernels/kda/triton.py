@@ -81,6 +81,7 @@ def kda_decode_kernel(
         s = tl.load(s_at)
         r = tl.arange(0, R)
         x = low + row.to(tl.int64) * low_stride
+        # Four at a time, as the state's FP32 values are: what is fetched alike lies alike, and nothing has to move.
         rows_at = tl.max_contiguous(q_at[:, None] * R + r[None, :], [1, 4])
         f_rows = tl.load(f_b + rows_at)
         g_rows = tl.load(g_b + rows_at)
