@@ -25,6 +25,7 @@ class Launch:
     constants: tuple[tuple[str, object], ...]
     divisible: tuple[str, ...]
     warps: int
+    registers: int | None = None
 
     def __str__(self) -> str:
         shape = " ".join(f"{name}={value}" for name, value in self.constants if name.isupper())
@@ -42,7 +43,7 @@ def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
         )
         run()
     for kernel, args, options in calls:
-        warps = options.pop("num_warps", 4)
+        warps, registers = options.pop("num_warps", 4), options.pop("maxnreg", None)
         values = dict(zip(kernel.arg_names, args, strict=False)) | options
         signature, constants, divisible = {}, {}, []
         for name in kernel.arg_names:
@@ -59,7 +60,7 @@ def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
             else:
                 signature[name] = "constexpr"
                 constants[name] = value
-        yield Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), warps)
+        yield Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), warps, registers)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def compile_for(launch: Launch, card: int) -> Resources:
         launch.kernel, dict(launch.signature), {place[name]: value for name, value in launch.constants},
         {place[name]: [["tt.divisibility", 16]] for name in launch.divisible},
     )  # fmt: skip
-    compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": launch.warps})
+    options = {"num_warps": launch.warps, "maxnreg": launch.registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -5,18 +5,23 @@ import torch
 from torch import Tensor
 
 from klquant.kernels.kda.weights import KDADecode
+from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
+from klquant.kernels.mla.tiles import Tile
 from tests.kernels.build import DEVICE, LIMIT, can_run, error
 from tests.triton_interpreter import interpreting, needs_triton, teach_bf16_products, teach_bf16_rounding
 
 pytestmark = [needs_triton, pytest.mark.skipif(not can_run, reason="needs a CUDA GPU, or a process that interprets")]
 
 if can_run:
+    from klquant.kernels.kda import dispatch as kda_dispatch
     from klquant.kernels.kda import reference as kda_reference
     from klquant.kernels.kda import triton as kda_triton
+    from klquant.kernels.mla import dispatch as mla_dispatch
     from klquant.kernels.mla import reference as mla_reference
     from klquant.kernels.mla import triton as mla_triton
-    from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
-    from klquant.kernels.mla.tiles import Tile
+    from klquant.kernels.mla import write
+    from klquant.kernels.moe import reference as moe_reference
+    from klquant.kernels.moe import router
     from klquant.kernels.norm import reference as norm_reference
     from klquant.kernels.norm import triton as norm_triton
 
@@ -106,11 +111,11 @@ def test_kda_decode(heads, dim, rank, taps, dtype):
 FORMATS = [None, torch.float8_e4m3fn, torch.int8]
 
 
-def on_device(pages: "LatentPages") -> "LatentPages":
+def on_device(pages: LatentPages) -> LatentPages:
     return LatentPages(pages.data.to(DEVICE), None if pages.scale is None else pages.scale.to(DEVICE))
 
 
-def poisoned_pages(count: int, latent: int, dtype: torch.dtype) -> "LatentPages":
+def poisoned_pages(count: int, latent: int, dtype: torch.dtype) -> LatentPages:
     """Every value NaN, or a large code with a NaN scale."""
     pages = LatentPages.empty(count, latent, dtype, "cpu")
     pages.data.view(torch.uint8).fill_(0x7F if pages.scale is not None else 0xFF)
@@ -130,7 +135,7 @@ def test_write_latent(stored, dtype):
     want = poisoned_pages(3, 48, stored or dtype)
     pages = on_device(want)
     kv_a[2] = NAN
-    mla_triton.write_latent(strided(kv_a), weight.to(DEVICE), pages, position.to(DEVICE))
+    write.write_latent(strided(kv_a), weight.to(DEVICE), pages, position.to(DEVICE))
     mla_reference.write_latent(kv_a, weight, want, position)
     got, bits = pages.data.cpu().view(torch.uint8), want.data.view(torch.uint8)
     # rsqrt of a GPU and of a CPU may differ in the last bit, and so may a rounded value now and then.
@@ -161,7 +166,7 @@ def cached(lengths: list[int], latent: int, stored: torch.dtype, dtype: torch.dt
     return pages, table, torch.tensor(lengths, dtype=torch.int32)
 
 
-TILES = [(16, 4, 2, 3), (32, 4, 2, 5), (64, 8, 2, 1)]
+TILES = [(16, 4, 3), (32, 8, 5), (64, 8, 1)]
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -170,7 +175,7 @@ TILES = [(16, 4, 2, 3), (32, 4, 2, 5), (64, 8, 2, 1)]
 def test_mla_decode(stored, dtype, tile):
     """Lengths around a tile's, a page's and a part's borders; three heads; a page more than anyone uses."""
     heads, nope, rope, v, rank = 3, 32, 32, 16, 64
-    tokens, splits = tile[0], tile[3]
+    tokens, _, splits = tile
     lengths = [1, 0, 63, 64, 65, tokens * splits - 1, tokens * splits + 1, 2 * tokens * splits + 3, 200, 17]
     pages, table, length = cached(lengths, rank + rope, stored or dtype, dtype)
     q = torch.randn(len(lengths), heads * (nope + rope) + 5).to(dtype)
@@ -187,3 +192,51 @@ def test_mla_decode(stored, dtype, tile):
         assert out.shape == want.shape
         assert error(out, want) < 2 * LIMIT[dtype]
         assert not out[length[rows].to(DEVICE) == 0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 11])
+def test_route_tokens(tokens, dtype):
+    x, weights, bias = torch.randn(tokens, 1100).to(dtype), torch.randn(13, 1100) / 1100**0.5, 0.1 * torch.randn(13)
+    logits = router.few_logits(strided(x), weights.to(DEVICE))
+    assert error(logits, x.double() @ weights.double().T) < 1e-6
+    weight, expert = router.route_tokens(strided(x), *to_device(weights, bias), 3, 2.446, True)
+    want, chosen = moe_reference.route_tokens(x.double(), weights.double(), bias.double(), 3, 2.446, True)
+    assert torch.equal(expert.cpu(), chosen)
+    assert torch.allclose(weight.cpu().double(), want, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_lengths_and_slots():
+    """One graph serves other lengths, pages and slots, and repeats its bits."""
+    heads, nope, rope, v, rank = 32, 128, 64, 128, 512
+    pages, table, _ = cached([3000, 700, 64], rank + rope, torch.int8, torch.bfloat16)
+    pages, table = on_device(pages), table.clamp_max(len(pages.data) - 1).to(DEVICE)
+    q, kv_b = (
+        torch.randn(3, heads, nope + rope).bfloat16(),
+        torch.randn(heads * (nope + v), rank).bfloat16() / rank**0.5,
+    )
+    q, kv_b = to_device(q, kv_b)
+    length = torch.tensor([1, 1, 1], dtype=torch.int32, device=DEVICE)
+    w = kda_case(4, 128, 128, 4, torch.bfloat16)
+    w = KDADecode(**{name: t.to(DEVICE) for name, t in vars(w).items()})
+    qkv, low = to_device(torch.randn(3, 3 * 512).bfloat16(), torch.randn(3, 260).bfloat16())
+    conv, s = torch.randn(5, 3 * 512, 3).bfloat16().to(DEVICE), torch.randn(5, 4, 128, 128, device=DEVICE)
+    slot = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+
+    def step(conv, s):
+        out = mla_dispatch.mla_decode(q, kv_b, pages, table, length, 0.07)
+        return out, kda_dispatch.kda_decode(qkv, low, w, conv, s, slot, 1e-5)
+
+    step(conv.clone(), s.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(conv, s)
+    for lengths, slots in (([3000, 700, 64], [4, 0, 1]), ([65, 0, 63], [2, -1, 3]), ([2047, 1, 0], [0, 1, -1])):
+        length.copy_(torch.tensor(lengths))
+        slot.copy_(torch.tensor(slots))
+        before = conv.clone(), s.clone()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(*before), strict=True))
+        assert torch.equal(conv, before[0])
+        assert torch.equal(s, before[1])

@@ -15,34 +15,28 @@ from klquant.kernels.norm.reference import L2_EPS
 
 
 @triton.jit
-def _window(x, tail, channel, W: tl.constexpr, TAPS: tl.constexpr):
-    """[D, TAPS] FP32: the last W inputs of the convolution of each channel, this one included, oldest first."""
-    i = tl.arange(0, TAPS)[None, :]
-    c = channel[:, None]
-    before = tl.load(tail + c * (W - 1) + i, mask=i < W - 1, other=0.0)
-    now = tl.load(x + c + i * 0, mask=i == W - 1, other=0.0)
-    return before.to(tl.float32) + now.to(tl.float32)
+def _columns(rows, channel, COUNT: tl.constexpr):
+    """The COUNT values that each channel has in `rows` [channels, COUNT], as a tuple of [D]."""
+    columns = ()
+    for i in tl.static_range(COUNT):
+        columns = columns + (tl.load(rows + channel * COUNT + i),)  # noqa: RUF005 (Triton has no stars)
+    return columns
 
 
 @triton.jit
-def _taps(taps, channel, W: tl.constexpr, TAPS: tl.constexpr):
-    i = tl.arange(0, TAPS)[None, :]
-    return tl.load(taps + channel[:, None] * W + i, mask=i < W, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _shift(tail, window, channel, W: tl.constexpr, TAPS: tl.constexpr):
-    """Store all but the oldest input of the window."""
-    i = tl.arange(0, TAPS)[None, :]
-    at = tail + channel[:, None] * (W - 1) + i - 1
-    tl.store(at, window.to(tail.dtype.element_ty), mask=(i >= 1) & (i < W))
-
-
-@triton.jit
-def _mix(window, taps, DTYPE: tl.constexpr):
-    """silu of the convolution, rounded as an activation is."""
-    y = tl.sum(window * taps, 1)
+def _mix(window, taps, W: tl.constexpr, DTYPE: tl.constexpr):
+    """silu of the convolution of the last W inputs, oldest first, rounded as an activation is."""
+    y = window[0].to(tl.float32) * taps[0].to(tl.float32)
+    for i in tl.static_range(1, W):
+        y += window[i].to(tl.float32) * taps[i].to(tl.float32)
     return (y * tl.sigmoid(y)).to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _shift(tail, window, channel, W: tl.constexpr):
+    """Store all but the oldest input of the window."""
+    for i in tl.static_range(W - 1):
+        tl.store(tail + channel * (W - 1) + i, window[i + 1])
 
 
 @triton.jit
@@ -71,7 +65,7 @@ def _softplus(x):
 @triton.jit
 def kda_decode_kernel(
     qkv, qkv_stride, low, low_stride, taps, A_log, dt_bias, f_b, g_b, o_norm, conv_pool, s_pool, slot, out, eps, l2_eps,
-    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """out [B, H·D]; grid (heads, sequences)."""
     DTYPE: tl.constexpr = qkv.dtype.element_ty
@@ -87,6 +81,7 @@ def kda_decode_kernel(
         s = tl.load(s_at)
         r = tl.arange(0, R)
         x = low + row.to(tl.int64) * low_stride
+        # Four at a time, as the state's FP32 values are: what is fetched alike lies alike, and nothing has to move.
         rows_at = tl.max_contiguous(q_at[:, None] * R + r[None, :], [1, 4])
         f_rows = tl.load(f_b + rows_at)
         g_rows = tl.load(g_b + rows_at)
@@ -100,13 +95,16 @@ def kda_decode_kernel(
         norm = tl.load(o_norm + d).to(tl.float32)
         tail = conv_pool + here * (3 * F * (W - 1))
         inputs = qkv + row.to(tl.int64) * qkv_stride
-        q_window = _window(inputs, tail, q_at, W, TAPS)
-        k_window = _window(inputs, tail, k_at, W, TAPS)
-        v_window = _window(inputs, tail, v_at, W, TAPS)
-        q = _mix(q_window, _taps(taps, q_at, W, TAPS), DTYPE)
-        k = _mix(k_window, _taps(taps, k_at, W, TAPS), DTYPE)
-        v = _mix(v_window, _taps(taps, v_at, W, TAPS), DTYPE)
+        q_window = _columns(tail, q_at, W - 1) + (tl.load(inputs + q_at),)  # noqa: RUF005
+        k_window = _columns(tail, k_at, W - 1) + (tl.load(inputs + k_at),)  # noqa: RUF005
+        v_window = _columns(tail, v_at, W - 1) + (tl.load(inputs + v_at),)  # noqa: RUF005
+        q_taps = _columns(taps, q_at, W)
+        k_taps = _columns(taps, k_at, W)
+        v_taps = _columns(taps, v_at, W)
 
+        q = _mix(q_window, q_taps, W, DTYPE)
+        k = _mix(k_window, k_taps, W, DTYPE)
+        v = _mix(v_window, v_taps, W, DTYPE)
         decay = _detach(tl.exp(-rate * _softplus(_project(f_rows, f_a, DTYPE) + bias)))
         gate = _project(g_rows, g_a, DTYPE)
         q = _detach(q / tl.sqrt(tl.sum(q * q, 0) + l2_eps) * D**-0.5)
@@ -120,9 +118,9 @@ def kda_decode_kernel(
         # All have read by now what is overwritten here.
         tl.debug_barrier()
         tl.store(s_at, s + k[:, None] * update[None, :])
-        _shift(tail, q_window, q_at, W, TAPS)
-        _shift(tail, k_window, k_at, W, TAPS)
-        _shift(tail, v_window, v_at, W, TAPS)
+        _shift(tail, q_window, q_at, W)
+        _shift(tail, k_window, k_at, W)
+        _shift(tail, v_window, v_at, W)
 
         o = asked + tl.sum(q * k, 0) * update
         o = o * tl.rsqrt(tl.sum(o * o, 0) / D + eps) * norm * tl.sigmoid(gate)
@@ -135,12 +133,13 @@ def kda_decode(
     qkv: Tensor, low: Tensor, w: KDADecode, conv_pool: Tensor, s_pool: Tensor, slot_B: Tensor, eps: float
 ) -> Tensor:
     """One launch. D and R are powers of two."""
+    # 128 registers let two programs of eight warps, one of which loads or stores, share a multiprocessor.
     _, heads, dim, _ = s_pool.shape
     taps = w.taps.shape[1]
     out = torch.empty(len(qkv), heads * dim, dtype=qkv.dtype, device=qkv.device)
     kda_decode_kernel[(heads, len(qkv))](
         qkv, qkv.stride(0), low, low.stride(0), w.taps, w.A_log, w.dt_bias, w.f_b, w.g_b, w.o_norm, conv_pool, s_pool,
-        slot_B, out, eps, L2_EPS, H=heads, D=dim, R=w.f_b.shape[1], W=taps, TAPS=triton.next_power_of_2(taps),
-        num_warps=min(8, max(1, dim * dim // 2048)),
+        slot_B, out, eps, L2_EPS, H=heads, D=dim, R=w.f_b.shape[1], W=taps,
+        num_warps=min(8, max(1, dim * dim // 2048)), maxnreg=128,
     )  # fmt: skip
     return out

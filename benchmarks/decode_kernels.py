@@ -1,0 +1,259 @@
+"""Time a decode step's kernels at the shapes of Kimi-Linear-48B, each only after its result was checked against FP64.
+
+    PYTHONPATH=. python3 benchmarks/decode_kernels.py [--only kda|mla|write|norm|router] [--sweep] [--out decode.json]
+
+Times are of CUDA graph replays, divided by the calls in the graph; those walk over enough copies of weights, states and
+pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times MLA with other
+tiles and numbers of parts beside the ones `decode_tile` gives.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import copies_for, copy_rate, time_us
+from klquant.kernels.kda import reference as kda_reference
+from klquant.kernels.kda.dispatch import KDADecode, kda_decode
+from klquant.kernels.mla import reference as mla_reference
+from klquant.kernels.mla.dispatch import mla_decode, write_latent
+from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, read_latent
+from klquant.kernels.mla.tiles import Tile, decode_tile
+from klquant.kernels.moe import reference as moe_reference
+from klquant.kernels.moe.dispatch import route_tokens
+from klquant.kernels.norm import reference as norm_reference
+from klquant.kernels.norm.dispatch import add_rms_norm
+
+HIDDEN, HEADS, DIM, TAPS, LOW = 2304, 32, 128, 4, 128
+RANK, ROPE, NOPE, V = 512, 64, 128, 128
+EXPERTS, TOP, SCALING = 256, 8, 2.446
+BATCHES, CONTEXTS = (1, 8, 32), (128, 16 << 10, 128 << 10)
+STORED = {"BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn, "INT8": torch.int8}
+SCALE = (NOPE + ROPE) ** -0.5
+EPS = 1e-5
+# BF16 results; KDA's and MLA's go through several roundings.
+MOST_ERROR = 1e-2
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    batch: int
+    context: int
+    error: float
+    us: float
+    gb_s: float
+    of_copy: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """`run` on inputs number i of `copies`; `error` of run(0) and the most it may be; the least bytes moved."""
+
+    op: str
+    batch: int
+    context: int
+    run: Callable[[int], object]
+    copies: int
+    error: Callable[[], float]
+    nbytes: int
+    most_error: float = MOST_ERROR
+
+
+def bf16(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device="cuda") * scale).bfloat16()
+
+
+def error(y: Tensor, want: Tensor) -> float:
+    return ((y.double() - want).norm() / want.norm()).item()
+
+
+def doubled(w: KDADecode) -> KDADecode:
+    return KDADecode(**{name: t.double() for name, t in vars(w).items()})
+
+
+def kda_case(batch: int) -> Case:
+    width = HEADS * DIM
+    state_bytes = 4 * HEADS * DIM * DIM + 2 * 3 * width * (TAPS - 1)
+    nbytes = 2 * batch * state_bytes + 2 * 2 * width * LOW + 2 * batch * (4 * width + 2 * LOW + HEADS)
+    copies = copies_for(nbytes)
+    weights = [
+        KDADecode(
+            bf16(3 * width, TAPS, scale=0.5), 2 * torch.rand(HEADS, device="cuda"),
+            torch.randn(width, device="cuda") - 3, bf16(width, LOW, scale=LOW**-0.5),
+            bf16(width, LOW, scale=LOW**-0.5), 1 + bf16(DIM, scale=0.1),
+        )
+        for _ in range(copies)
+    ]  # fmt: skip
+    conv = bf16(copies, batch + 1, 3 * width, TAPS - 1)
+    s = torch.randn(copies, batch + 1, HEADS, DIM, DIM, device="cuda")
+    slot = torch.randperm(batch + 1, device="cuda")[:batch].int()
+    qkv, low = bf16(batch, 3 * width), bf16(batch, 2 * LOW + HEADS)
+
+    def run(i: int) -> Tensor:
+        return kda_decode(qkv, low, weights[i], conv[i], s[i], slot, EPS)
+
+    def check() -> float:
+        exact = doubled(weights[0]), conv[0].double(), s[0].double()
+        want = kda_reference.kda_decode(qkv.double(), low.double(), *exact, slot, EPS)
+        return max(error(run(0), want), error(s[0][slot.long()], exact[2][slot.long()]))
+
+    return Case("kda_decode", batch, 0, run, copies, check, nbytes)
+
+
+def random_pages(count: int, dtype: torch.dtype) -> LatentPages:
+    """Latents of unit size."""
+    pages = LatentPages.empty(count, RANK + ROPE, dtype, "cuda")
+    for data in pages.data.split(1 << 12):
+        values = torch.randn(data.shape, device="cuda").clamp(-4, 4) * (CODE_MAX.get(dtype, 4.0) / 4)
+        data.copy_(values.round() if dtype == torch.int8 else values)
+    if pages.scale is not None:
+        pages.scale.fill_(4 / CODE_MAX[dtype])
+    return pages
+
+
+def mla_case(batch: int, context: int, stored: str, tile: Tile | None = None) -> Case:
+    each = context // PAGE_SIZE
+    token_bytes = (RANK + ROPE) * STORED[stored].itemsize + (4 if stored != "BF16" else 0)
+    kv_b_bytes = 2 * HEADS * (NOPE + V) * RANK
+    nbytes = batch * context * token_bytes + kv_b_bytes + 2 * batch * HEADS * (NOPE + ROPE + V)
+    copies = copies_for(nbytes)
+    pages = random_pages(copies * batch * each, STORED[stored])
+    tables = torch.randperm(copies * batch * each, device="cuda").int().view(copies, batch, each)
+    # Room for more, as in a graph that serves all lengths.
+    tables = torch.nn.functional.pad(tables, (0, 2048 - each))
+    length = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    q = bf16(batch, HEADS, NOPE + ROPE)
+    kv_b = bf16(copies, HEADS * (NOPE + V), RANK, scale=RANK**-0.5)
+
+    def run(i: int) -> Tensor:
+        if tile is None:
+            return mla_decode(q, kv_b[i], pages, tables[i], length, SCALE)
+        from klquant.kernels.mla import triton
+
+        return triton.mla_decode(q, kv_b[i], pages, tables[i], length, SCALE, tile)
+
+    def check() -> float:
+        some = [0, batch - 1]
+        args = pages, tables[0][some], length[some], SCALE
+        return error(run(0)[some], mla_reference.mla_decode(q[some].double(), kv_b[0].double(), *args))
+
+    name = f"mla_decode {stored}" + (f" {tile.tokens}/{tile.warps}/{tile.splits}" if tile else "")
+    return Case(name, batch, context, run, copies, check, nbytes)
+
+
+def write_case(tokens: int, stored: str) -> Case:
+    pages = random_pages(-(-tokens // PAGE_SIZE) + 1, STORED[stored])
+    kv_a, weight = bf16(tokens, RANK + ROPE), bf16(RANK)
+    position = torch.randperm(len(pages.data) * PAGE_SIZE, device="cuda")[:tokens]
+
+    def check() -> float:
+        write_latent(kv_a, weight, pages, position)
+        every = torch.arange(len(pages.data), device="cuda").int()
+        back = read_latent(pages, every, len(every) * PAGE_SIZE, torch.float64)[position]
+        normed = norm_reference.rms_norm(kv_a[:, :RANK].double(), weight.double(), norm_reference.LATENT_EPS)
+        return error(back, torch.cat([normed, kv_a[:, RANK:].double()], -1))
+
+    nbytes = tokens * (RANK + ROPE) * (2 + STORED[stored].itemsize)
+    run = lambda i: write_latent(kv_a, weight, pages, position)  # noqa: E731
+    # What is rounded to e4m3 differs by a sixteenth at most, mostly by less than half of that.
+    return Case(f"write_latent {stored}", tokens, 0, run, 1, check, nbytes, MOST_ERROR if stored == "BF16" else 0.035)
+
+
+def norm_case(tokens: int) -> Case:
+    nbytes = 2 * 4 * tokens * HIDDEN
+    copies = copies_for(nbytes)
+    h, delta, weight = bf16(copies, tokens, HIDDEN), bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
+
+    def check() -> float:
+        total, normed = add_rms_norm(h[0], delta[0], weight, EPS)
+        assert torch.equal(total, h[0] + delta[0])
+        return error(normed, norm_reference.rms_norm(total.double(), weight.double(), EPS))
+
+    return Case("add_rms_norm", tokens, 0, lambda i: add_rms_norm(h[i], delta[i], weight, EPS), copies, check, nbytes)
+
+
+def router_case(tokens: int) -> Case:
+    nbytes = 4 * EXPERTS * HIDDEN + 2 * tokens * HIDDEN
+    copies = copies_for(nbytes)
+    x, bias = bf16(tokens, HIDDEN), torch.randn(EXPERTS, device="cuda") * 0.1
+    router = torch.randn(copies, EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5
+
+    def check() -> float:
+        weight, expert = route_tokens(x, router[0], bias, TOP, SCALING, True)
+        want, chosen = moe_reference.route_tokens(x.double(), router[0].double(), bias.double(), TOP, SCALING, True)
+        # Two scores nearer than FP32 tells apart may change places.
+        same = (expert == chosen).all(-1)
+        return error(weight[same], want[same]) if same.float().mean() > 0.98 else float("nan")
+
+    run = lambda i: route_tokens(x, router[i], bias, TOP, SCALING, True)  # noqa: E731
+    return Case("route_tokens", tokens, 0, run, copies, check, nbytes)
+
+
+def cases(only: str | None, sweep: bool) -> Iterator[Case]:
+    for batch in BATCHES:
+        if only in (None, "kda"):
+            yield kda_case(batch)
+        if only in (None, "norm"):
+            yield norm_case(batch)
+        if only in (None, "router"):
+            yield router_case(batch)
+        for stored in STORED:
+            if only in (None, "write"):
+                yield write_case(batch, stored)
+            for context in CONTEXTS if only in (None, "mla") else ():
+                yield mla_case(batch, context, stored)
+                for tile in tiles(batch) if sweep else ():
+                    yield mla_case(batch, context, stored, tile)
+
+
+def tiles(batch: int) -> list[Tile]:
+    """Tiles worth trying that fit this card."""
+    card = torch.cuda.get_device_properties(0)
+    kib = card.shared_memory_per_block_optin >> 10
+    sizes = [(16, 4), (32, 4), (32, 8)] + ([(64, 8)] if kib > 112 else [])
+    table = decode_tile(batch, 1 << 20, card.multi_processor_count, kib)
+    counts = {max(1, table.splits * part // 2) for part in (1, 2, 4)}
+    return [Tile(*size, splits) for size in sizes for splits in sorted(counts)]
+
+
+def measure(case: Case) -> Row:
+    found = case.error()
+    if not found < case.most_error:
+        sys.exit(f"{case.op}, batch {case.batch}, context {case.context}: error {found}")
+    us = time_us([lambda i=i: case.run(i) for i in range(case.copies)])
+    rate = case.nbytes / us * 1e6
+    return Row(case.op, case.batch, case.context, found, us, rate / 1e9, rate / copy_rate())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("decode.json"))
+    parser.add_argument("--only", choices=("kda", "mla", "write", "norm", "router"))
+    parser.add_argument("--sweep", action="store_true")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/decode_kernels.py: needs a CUDA GPU")
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}: copy {copy_rate() / 1e12:.2f} TB/s")
+    print(f"{'':24} {'batch':>5} {'context':>7} {'µs':>8} {'GB/s':>5} {'copy':>5} {'error':>7}")
+    rows = []
+    for case in cases(options.only, options.sweep):
+        row = measure(case)
+        rows.append(row)
+        print(
+            f"{row.op:24} {row.batch:5} {row.context or '':>7} {row.us:8.1f} {row.gb_s:5.0f} {row.of_copy:5.0%} "
+            f"{row.error:7.1e}",
+            flush=True,
+        )
+    report = {"device": torch.cuda.get_device_name(), "copy_bytes_s": copy_rate(), "rows": [asdict(r) for r in rows]}
+    options.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
