@@ -17,6 +17,8 @@ if can_run:
     from klquant.kernels.mla import triton as mla_triton
     from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
     from klquant.kernels.mla.tiles import Tile
+    from klquant.kernels.moe import reference as moe_reference
+    from klquant.kernels.moe import router
     from klquant.kernels.norm import reference as norm_reference
     from klquant.kernels.norm import triton as norm_triton
 
@@ -161,7 +163,7 @@ def cached(lengths: list[int], latent: int, stored: torch.dtype, dtype: torch.dt
     return pages, table, torch.tensor(lengths, dtype=torch.int32)
 
 
-TILES = [(16, 4, 2, 3), (32, 4, 2, 5), (64, 8, 2, 1)]
+TILES = [(16, 4, 3), (32, 8, 5), (64, 8, 1)]
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -170,7 +172,7 @@ TILES = [(16, 4, 2, 3), (32, 4, 2, 5), (64, 8, 2, 1)]
 def test_mla_decode(stored, dtype, tile):
     """Lengths around a tile's, a page's and a part's borders; three heads; a page more than anyone uses."""
     heads, nope, rope, v, rank = 3, 32, 32, 16, 64
-    tokens, splits = tile[0], tile[3]
+    tokens, _, splits = tile
     lengths = [1, 0, 63, 64, 65, tokens * splits - 1, tokens * splits + 1, 2 * tokens * splits + 3, 200, 17]
     pages, table, length = cached(lengths, rank + rope, stored or dtype, dtype)
     q = torch.randn(len(lengths), heads * (nope + rope) + 5).to(dtype)
@@ -187,3 +189,15 @@ def test_mla_decode(stored, dtype, tile):
         assert out.shape == want.shape
         assert error(out, want) < 2 * LIMIT[dtype]
         assert not out[length[rows].to(DEVICE) == 0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 11])
+def test_route_tokens(tokens, dtype):
+    x, weights, bias = torch.randn(tokens, 1100).to(dtype), torch.randn(13, 1100) / 1100**0.5, 0.1 * torch.randn(13)
+    logits = router.few_logits(strided(x), weights.to(DEVICE))
+    assert error(logits, x.double() @ weights.double().T) < 1e-6
+    weight, expert = router.route_tokens(strided(x), *to_device(weights, bias), 3, 2.446, True)
+    want, chosen = moe_reference.route_tokens(x.double(), weights.double(), bias.double(), 3, 2.446, True)
+    assert torch.equal(expert.cpu(), chosen)
+    assert torch.allclose(weight.cpu().double(), want, rtol=1e-5)

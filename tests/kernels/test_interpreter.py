@@ -1,6 +1,9 @@
+import pytest
+
 from tests.triton_interpreter import needs_triton, run_interpreted
 
 
 @needs_triton
-def test_kernels_interpreted():
-    run_interpreted("tests/kernels/test_numbers.py")
+@pytest.mark.parametrize("file", ["test_numbers.py", "test_decode_numbers.py"])
+def test_kernels_interpreted(file):
+    run_interpreted(f"tests/kernels/{file}")

@@ -31,6 +31,11 @@ class LatentPages:
         return cls(data, torch.empty(pages, PAGE_SIZE, device=device) if dtype in CODE_MAX else None)
 
     @property
+    def format(self) -> str:
+        """As the kernels name it: fp8, int8 or plain."""
+        return {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(self.data.dtype, "plain")
+
+    @property
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 

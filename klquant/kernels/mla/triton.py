@@ -8,9 +8,9 @@
 A sequence's length is cut into equal parts by the programs themselves, as many as the grid has or as there are tiles;
 the rest leaves at once. So one graph serves all lengths, and a short context has few parts to add up.
 
-The latents are the left operand of both products, heads the minor side: scores [T, H] and means [RANK, H]. 8-bit codes
-are products' operands as they are, the even latents and the odd ones apart (`words`), and a token's scale multiplies
-its scores and weights; queries and means lie even ‖ odd likewise.
+Latents are the left operand of both products and the heads, padded to 8, the minor side: scores [T, H], means
+[RANK, H]. 8-bit codes are operands as they are, the even latents before the odd ones (`words`), and a token's scale
+multiplies its scores and weights; queries and means lie even ‖ odd likewise.
 """
 
 import os
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
 from klquant.kernels.mla.tiles import Tile
-from klquant.kernels.mla.words import fp8_scale, latents
+from klquant.kernels.mla.words import latents, unit
 from klquant.kernels.norm.reference import LATENT_EPS
 from klquant.kernels.norm.triton import normalize
 
@@ -32,9 +32,9 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _encode(x, FP8: tl.constexpr):
+def _encode(x, FORMAT: tl.constexpr):
     """|x| ≤ the largest code → the nearest code in int8, ties to even."""
-    if FP8:
+    if FORMAT == "fp8":
         # 2^-120 makes an FP32 number's exponent field the one E4M3 has, subnormal numbers included.
         bits = (tl.abs(x) * 2.0**-120).to(tl.int32, bitcast=True)
         code = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
@@ -47,9 +47,9 @@ def _encode(x, FP8: tl.constexpr):
 @triton.jit
 def write_latent_kernel(
     kv_a, kv_a_stride, weight, position, data, scale, eps,
-    RANK: tl.constexpr, ROPE: tl.constexpr, CODE_MAX: tl.constexpr, FP8: tl.constexpr,
+    RANK: tl.constexpr, ROPE: tl.constexpr, CODE_MAX: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """One program a token. CODE_MAX: 0 for pages without scales."""
+    """One program a token."""
     DTYPE: tl.constexpr = kv_a.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     at = tl.load(position + token)
@@ -60,7 +60,7 @@ def write_latent_kernel(
         rope = tl.load(kv_a + token * kv_a_stride + e).to(tl.float32)
         latent = normalize(x, tl.load(weight + r), RANK, eps, DTYPE).to(DTYPE).to(tl.float32)
         row = data + at * (RANK + ROPE)
-        if CODE_MAX == 0:
+        if FORMAT == "plain":
             tl.store(row + r, latent.to(data.dtype.element_ty))
             tl.store(row + e, rope.to(data.dtype.element_ty))
         else:
@@ -68,8 +68,8 @@ def write_latent_kernel(
             step = tl.div_rn(largest, CODE_MAX)
             # A latent of zeros has codes 0 whatever its scale.
             divisor = tl.maximum(step, 2.0**-126)
-            tl.store(row + r, _encode(tl.div_rn(latent, divisor), FP8))
-            tl.store(row + e, _encode(tl.div_rn(rope, divisor), FP8))
+            tl.store(row + r, _encode(tl.div_rn(latent, divisor), FORMAT))
+            tl.store(row + e, _encode(tl.div_rn(rope, divisor), FORMAT))
             tl.store(scale + at, step)
 
 
@@ -94,10 +94,7 @@ def absorb_kernel(
     w = tl.load(kv_b + (head * (NOPE + V) + n)[:, None] * RANK + l[None, :])
     x_at = q + b[None, :].to(tl.int64) * q_stride + head * q_head_stride
     x = tl.load(x_at + n[:, None], mask=exists, other=0.0)
-    if BM == 1:
-        y = tl.sum(w.to(tl.float32) * x.to(tl.float32), 0)[:, None]
-    else:
-        y = tl.dot(tl.trans(w), x)
+    y = tl.sum(w.to(tl.float32) * x.to(tl.float32), 0)[:, None] if BM == 1 else tl.dot(tl.trans(w), x)
     out_at = out + (b[None, :].to(tl.int64) * H + head) * (RANK + ROPE)
     tl.store(out_at + _field_at(l, RANK, FIELDS)[:, None], y.to(DTYPE), mask=exists)
     if tl.program_id(1) == 0:
@@ -114,18 +111,35 @@ def _part(length, splits, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _rows(page, tile, t, length, PAGE: tl.constexpr, TOKENS: tl.constexpr):
+    """(index in the pages [T], whether it is one of the sequence's) of the tokens of a tile on `page`."""
+    return page.to(tl.int64) * PAGE + tile % (PAGE // TOKENS) * TOKENS + t, tile * TOKENS + t < length
+
+
+@triton.jit
+def _words(data, row, seen, first, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+    """COUNT words [T, COUNT] of each token. What is not seen meets weights of 0, and must not be NaN."""
+    i = first + tl.arange(0, COUNT)
+    return tl.load(data + row[:, None] * STRIDE + i[None, :], mask=seen[:, None], other=0)
+
+
+@triton.jit
 def attend_kernel(
     q, data, scale, page_table, table_stride, length, mean, weight, splits, factor,
     H: tl.constexpr, BH: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-    FIELDS: tl.constexpr, FP8: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    FORMAT: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """mean [B, splits, H, RANK] and weight [B, H, splits], base 2, FP32, of the parts that exist; grid (splits, B).
 
     data: words of FIELDS latents. factor: the scores' scale · log2 e.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty
+    FIELDS: tl.constexpr = 1 if FORMAT == "plain" else 2
     HALF: tl.constexpr = RANK // FIELDS
     TAIL: tl.constexpr = ROPE // FIELDS
+    UNIT: tl.constexpr = unit(FORMAT, DTYPE)
+    # Keeps a weight times the scale of INT8 codes clear of FP16's small numbers.
+    GAIN: tl.constexpr = 128.0 if FORMAT == "int8" else 1.0
     split = tl.program_id(0)
     b = tl.program_id(1)
     n = tl.load(length + b)
@@ -133,58 +147,56 @@ def attend_kernel(
     first = split * per
     last = tl.minimum(first + per, tiles)
     if first < last:
+        end = tl.minimum(n, last * TOKENS)
         t = tl.arange(0, TOKENS)
-        r = tl.arange(0, HALF)
-        e = tl.arange(0, TAIL)
         h = tl.arange(0, BH)[None, :]
         q_at = q + (b.to(tl.int64) * H + h) * (RANK + ROPE)
-        q0 = tl.load(q_at + r[:, None], mask=h < H, other=0.0)
-        rope0 = tl.load(q_at + RANK + e[:, None], mask=h < H, other=0.0)
-        acc0 = tl.zeros([HALF, BH], tl.float32)
-        if FIELDS == 2:
-            q1 = tl.load(q_at + HALF + r[:, None], mask=h < H, other=0.0)
-            rope1 = tl.load(q_at + RANK + TAIL + e[:, None], mask=h < H, other=0.0)
-            acc1 = tl.zeros([HALF, BH], tl.float32)
+        q_latent = tl.load(q_at + tl.arange(0, RANK)[:, None], mask=h < H, other=0.0)
+        q_rope = tl.load(q_at + RANK + tl.arange(0, ROPE)[:, None], mask=h < H, other=0.0)
+        acc = tl.zeros([RANK, BH], tl.float32)
         top = tl.full([BH], float("-inf"), tl.float32)
-        total = tl.zeros([BH], tl.float32)
-        for tile in tl.range(first, last, num_stages=STAGES):
-            page = tl.load(page_table + b * table_stride + tile // (PAGE // TOKENS)).to(tl.int64)
-            row = page * PAGE + tile % (PAGE // TOKENS) * TOKENS + t
-            seen = tile * TOKENS + t < n
-            # What is not seen meets weights of 0, and must not be NaN.
-            words = tl.load(data + row[:, None] * (HALF + TAIL) + r[None, :], mask=seen[:, None], other=0)
-            tail = tl.load(data + row[:, None] * (HALF + TAIL) + HALF + e[None, :], mask=seen[:, None], other=0)
-            if FIELDS == 2:
-                k0 = latents(words, 0, FP8, DTYPE, PTX)
-                k1 = latents(words, 1, FP8, DTYPE, PTX)
-                scores = tl.dot(k0, q0)
-                scores = tl.dot(k1, q1, scores)
-                scores = tl.dot(latents(tail, 0, FP8, DTYPE, PTX), rope0, scores)
-                scores = tl.dot(latents(tail, 1, FP8, DTYPE, PTX), rope1, scores)
-                step = tl.load(scale + row, mask=seen, other=0.0)
-                if FP8:
-                    step *= fp8_scale(DTYPE)
+        # Each thread adds up its own weights; they meet after the last tile.
+        weights = tl.zeros([TOKENS, BH], tl.float32)
+        pages = page_table + b * table_stride
+        page = tl.load(pages + first // (PAGE // TOKENS))
+        row, seen = _rows(page, first, t, end, PAGE, TOKENS)
+        latent = latents(_words(data, row, seen, 0, HALF, HALF + TAIL), FORMAT, DTYPE, PTX)
+        rope = latents(_words(data, row, seen, HALF, TAIL, HALF + TAIL), FORMAT, DTYPE, PTX)
+        if FORMAT != "plain":
+            step = tl.load(scale + row, mask=seen, other=0.0) * UNIT
+        page = tl.load(pages + tl.minimum(first + 1, last - 1) // (PAGE // TOKENS))
+        for tile in tl.range(first, last, num_stages=1):
+            # The next tile's words are on their way to registers while this one's latents are multiplied, its page was
+            # looked up a tile before. Latents that come from the turn before go to shared memory once, for both
+            # products; Triton would unpack those of this turn for each anew.
+            row, next_seen = _rows(page, tile + 1, t, end, PAGE, TOKENS)
+            words = _words(data, row, next_seen, 0, HALF, HALF + TAIL)
+            tail = _words(data, row, next_seen, HALF, TAIL, HALF + TAIL)
+            if FORMAT != "plain":
+                next_step = tl.load(scale + row, mask=next_seen, other=0.0) * UNIT
+            page = tl.load(pages + tl.minimum(tile + 2, last - 1) // (PAGE // TOKENS))
+
+            scores = tl.dot(latent, q_latent)
+            scores = tl.dot(rope, q_rope, scores)
+            if FORMAT != "plain":
                 scores *= step[:, None]
-            else:
-                k0 = words
-                scores = tl.dot(k0, q0)
-                scores = tl.dot(tail, rope0, scores)
             scores = tl.where(seen[:, None], scores * factor, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 0))
             p = tl.exp2(scores - higher[None, :])
             fade = tl.exp2(top - higher)
-            total = total * fade + tl.sum(p, 0)
+            weights = weights * fade[None, :] + p
             top = higher
-            if FIELDS == 2:
-                p = (p * step[:, None]).to(DTYPE)
-                acc0 = tl.dot(tl.trans(k0), p, acc0 * fade[None, :])
-                acc1 = tl.dot(tl.trans(k1), p, acc1 * fade[None, :])
-            else:
-                acc0 = tl.dot(tl.trans(k0), p.to(DTYPE), acc0 * fade[None, :])
+            if FORMAT != "plain":
+                p *= step[:, None] * GAIN
+                step = next_step
+            acc = tl.dot(tl.trans(latent), p.to(DTYPE), acc * fade[None, :])
+
+            latent = latents(words, FORMAT, DTYPE, PTX)
+            rope = latents(tail, FORMAT, DTYPE, PTX)
+            seen = next_seen
+        total = tl.sum(weights, 0)
         mean_at = mean + ((b.to(tl.int64) * splits + split) * H + h) * RANK
-        tl.store(mean_at + r[:, None], acc0 / total[None, :], mask=h < H)
-        if FIELDS == 2:
-            tl.store(mean_at + HALF + r[:, None], acc1 / total[None, :], mask=h < H)
+        tl.store(mean_at + tl.arange(0, RANK)[:, None], acc / (total * GAIN)[None, :], mask=h < H)
         h1 = tl.arange(0, BH)
         tl.store(weight + (b * H + h1) * splits + split, top + tl.log2(total), mask=h1 < H)
 
@@ -236,8 +248,8 @@ def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position
     coded = pages.scale is not None
     write_latent_kernel[(len(kv_a),)](
         kv_a, kv_a.stride(0), norm_weight, position_T, pages.data.view(torch.int8) if coded else pages.data,
-        pages.scale, LATENT_EPS, RANK=rank, ROPE=kv_a.shape[1] - rank, CODE_MAX=CODE_MAX[pages.data.dtype] if coded else 0,
-        FP8=pages.data.dtype == torch.float8_e4m3fn, num_warps=4,
+        pages.scale, LATENT_EPS, RANK=rank, ROPE=kv_a.shape[1] - rank, CODE_MAX=CODE_MAX.get(pages.data.dtype, 0.0),
+        FORMAT=pages.format, num_warps=4,
     )  # fmt: skip
 
 
@@ -264,8 +276,8 @@ def mla_decode(
     attend_kernel[(tile.splits, batch)](
         q, pages.data.view(torch.int16) if coded else pages.data, pages.scale, page_table_BM, page_table_BM.stride(0),
         length_B, mean, weight, tile.splits, scale * LOG2E, BH=max(8, triton.next_power_of_2(heads)), ROPE=rope,
-        PAGE=PAGE_SIZE, FP8=pages.data.dtype == torch.float8_e4m3fn, TOKENS=tile.tokens, STAGES=tile.stages, PTX=PTX,
-        num_warps=tile.warps, **sizes,
+        PAGE=PAGE_SIZE, FORMAT=pages.format, TOKENS=tile.tokens, PTX=PTX,
+        num_warps=tile.warps, H=heads, RANK=rank,
     )  # fmt: skip
     out = torch.empty(batch, heads * v, dtype=dtype, device=device)
     block = min(32, v)

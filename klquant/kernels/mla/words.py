@@ -1,8 +1,8 @@
-"""Two 8-bit codes of neighbouring latents in a 16-bit word, as exact 16-bit floats: [.., L/2] words → even or odd latents.
+"""Two 8-bit codes of neighbouring latents in a 16-bit word, as exact 16-bit floats.
 
-Codes are read as words because a tensor of bytes before a product makes Triton choose slow operand layouts, and unpacked
-two and two in a 32-bit register. E4M3 has its sign, four exponent bits with bias 7 and three of mantissa: shifted to where
-a 16-bit float has them it is the value times a power of two, subnormal numbers included.
+Codes are read as words because a tensor of bytes before a product makes Triton choose slow operand layouts, and are
+unpacked two and two in a 32-bit register. E4M3 has its sign, four exponent bits with bias 7 and three of mantissa:
+shifted to where a 16-bit float has them it is the value times a power of two, subnormal numbers included.
 """
 
 import triton
@@ -12,9 +12,9 @@ from klquant.kernels.bricks import _AND_OR, _constants, _twice, unpack
 
 
 @triton.constexpr_function
-def fp8_scale(dtype):
-    """What `latents` makes of an FP8 value is the value divided by this."""
-    return 256.0 if dtype == tl.float16 else 1.0
+def unit(format, dtype):
+    """What `latents` makes of a code is the code divided by this."""
+    return 256.0 if format == "fp8" and dtype == tl.float16 else 1.0
 
 
 @triton.constexpr_function
@@ -29,9 +29,21 @@ def _fp8_asm(field, bf16):
 
 
 @triton.jit
-def latents(words, FIELD: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """The low (0) or high (1) bytes of int16 `words` in DTYPE, FP8 ones divided by `fp8_scale`."""
-    if not FP8:
+def latents(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """int16 words [T, L/2] → codes [T, L] in DTYPE, FP8 ones divided by `unit`; the even latents (low bytes) before the
+    odd ones. FORMAT "plain": `words` are latents.
+    """
+    if FORMAT == "plain":
+        return words
+    else:
+        pair = tl.join(_codes(words, 0, FORMAT, DTYPE, PTX), _codes(words, 1, FORMAT, DTYPE, PTX))
+        return tl.reshape(tl.permute(pair, (0, 2, 1)), [words.shape[0], 2 * words.shape[1]])
+
+
+@triton.jit
+def _codes(words, FIELD: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The low (0) or high (1) bytes of int16 `words` in DTYPE, FP8 ones divided by `unit`."""
+    if FORMAT == "int8":
         # `unpack` takes codes + 128.
         return unpack(words ^ -32640, None, FIELD, 8, DTYPE, PTX).to(DTYPE)
     elif PTX:
@@ -41,4 +53,4 @@ def latents(words, FIELD: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, 
     else:
         byte = (words.to(tl.int32) >> (8 * FIELD)) & 0xFF
         bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
-        return (bits.to(tl.float32, bitcast=True) * (2.0**120 / fp8_scale(DTYPE))).to(DTYPE)
+        return (bits.to(tl.float32, bitcast=True) * (2.0**120 / unit(FORMAT, DTYPE))).to(DTYPE)

@@ -1,0 +1,104 @@
+"""Decode kernels at the 48B's shapes compile for cards that are not here, fit their shared memory and spill nothing.
+
+Each launch is compiled for one of the cards in turn; with `-m slow` for all.
+"""
+
+from collections.abc import Iterator
+from itertools import cycle
+
+import pytest
+import torch
+
+from klquant.kernels.kda.weights import KDADecode
+from klquant.kernels.mla.pages import LatentPages
+from klquant.kernels.mla.tiles import decode_tile
+from tests.kernels.launches import CARDS, Launch
+from tests.kernels.test_compile import launches, meta, problems
+from tests.triton_interpreter import interpreting, needs_triton
+
+pytestmark = [needs_triton, pytest.mark.skipif(interpreting, reason="this process interprets kernels")]
+HIDDEN, HEADS, DIM, TAPS, LOW = 2304, 32, 128, 4, 128
+RANK, ROPE, NOPE, V = 512, 64, 128, 128
+EXPERTS, TOP = 256, 8
+STORED = (None, torch.float8_e4m3fn, torch.int8)
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return meta(*shape, dtype=torch.float32)
+
+
+def steps(dtype: torch.dtype) -> Iterator:
+    """The launches that do not depend on the card."""
+    from klquant.kernels.kda import triton as kda
+    from klquant.kernels.mla import triton as mla
+    from klquant.kernels.moe import router
+    from klquant.kernels.norm import triton as norm
+
+    width = HEADS * DIM
+    w = KDADecode(
+        meta(3 * width, TAPS, dtype=dtype), floats(HEADS), floats(width), meta(width, LOW, dtype=dtype),
+        meta(width, LOW, dtype=dtype), meta(DIM, dtype=dtype),
+    )  # fmt: skip
+    yield lambda: kda.kda_decode(
+        meta(4, 3 * width, dtype=dtype), meta(4, 2 * LOW + HEADS, dtype=dtype), w,
+        meta(9, 3 * width, TAPS - 1, dtype=dtype), floats(9, HEADS, DIM, DIM), meta(4, dtype=torch.int32), 1e-5,
+    )  # fmt: skip
+    for stored in STORED:
+        pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
+        kv_a, position = meta(4, RANK + ROPE, dtype=dtype), meta(4, dtype=torch.int64)
+        yield lambda kv_a=kv_a, pages=pages, position=position: mla.write_latent(
+            kv_a, meta(RANK, dtype=dtype), pages, position
+        )
+    h, weight = meta(4, HIDDEN, dtype=dtype), meta(HIDDEN, dtype=dtype)
+    yield lambda: norm.add_rms_norm(h, h, weight, 1e-5)
+    yield lambda: norm.add_rms_norm(h, None, weight, 1e-5)
+    for tokens in (1, 2, 4, 8, 64):
+        x = meta(tokens, HIDDEN, dtype=dtype)
+        yield lambda x=x: router.route_tokens(x, floats(EXPERTS, HIDDEN), floats(EXPERTS), TOP, 2.446, True)
+
+
+def mla_steps(dtype: torch.dtype, batch: int, card: int, stored: torch.dtype | None) -> Iterator:
+    from klquant.kernels.mla import triton as mla
+
+    pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
+    q, kv_b = meta(batch, HEADS, NOPE + ROPE, dtype=dtype), meta(HEADS * (NOPE + V), RANK, dtype=dtype)
+    table, length = meta(batch, 2048, dtype=torch.int32), meta(batch, dtype=torch.int32)
+    tile = decode_tile(batch, 2048 * 64, 132, CARDS[card])
+    yield lambda: mla.mla_decode(q, kv_b, pages, table, length, 0.07, tile)
+
+
+def attends(monkeypatch, card: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """The launches of mla_decode on `card`, batch 1 and more."""
+    groups = [mla_steps(dtype, batch, card, stored) for stored in STORED for batch in (1, 32)]
+    return launches(monkeypatch, *groups)
+
+
+def test_decode_launches(monkeypatch):
+    found = launches(monkeypatch, steps(torch.bfloat16))
+    assert not problems(zip(found, cycle(CARDS), strict=False))
+
+
+@pytest.mark.parametrize("card", [89, 90])
+def test_attention_launches(card, monkeypatch):
+    assert not problems((launch, card) for launch in attends(monkeypatch, card))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("card", CARDS)
+def test_every_launch_on_every_card(card, dtype, monkeypatch, request):
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("minutes: run it with -m slow")
+    found = launches(monkeypatch, steps(dtype)) + attends(monkeypatch, card, dtype)
+    assert not problems((launch, card) for launch in found)
+
+
+def test_parts_keep_a_card_busy():
+    for processors in (68, 82, 128, 132):
+        assert decode_tile(1, 1 << 20, processors, 99).splits == processors
+        for batch in range(1, processors + 1):
+            programs = batch * decode_tile(batch, 1 << 20, processors, 99).splits
+            turns = -(-programs // processors)
+            assert programs / (turns * processors) > 0.75
+            assert turns <= 4
+    assert decode_tile(1, 100, 132, 227).splits == 2
