@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from klquant.calibrate import experts
+import klquant.pipeline.run as pipeline
+from klquant.calibrate import experts, sharing
 from klquant.calibrate.walk import LayerWalk
 from klquant.checkpoint.index import read_json
 from klquant.checkpoint.quantized import QuantizedReader
@@ -147,14 +149,19 @@ def test_memory_decides_nothing_but_speed(model, tmp_path, monkeypatch, in_block
 
 
 def test_two_devices_write_the_bytes_of_one(model, tmp_path, monkeypatch, in_blocks, blocks_of_two):
-    shares = []
-    real = experts._quantize_blocks
-    monkeypatch.setattr(
-        experts, "_quantize_blocks", lambda walk, blocks, x: (shares.append(blocks), real(walk, blocks, x))
-    )
-    run(model, tmp_path / "out", in_blocks[0], device="cpu,cpu")
-    assert sorted(len(blocks) for blocks in shares) == [1, 1]
-    assert weights(tmp_path / "out") == in_blocks[1]
+    """They share the experts, and the batches of tokens where each is summed by itself, as on cards."""
+    monkeypatch.setattr(sharing, "SPLIT", {"cpu"})
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", {"cpu": 64})
+    shares, batches = [], []
+    real, real_norm = experts._quantize_blocks, LayerWalk.norm
+    monkeypatch.setattr(experts, "_quantize_blocks", lambda *args: (shares.append(args[1]), real(*args)))
+    monkeypatch.setattr(LayerWalk, "norm", lambda *args: (batches.append(threading.get_ident()), real_norm(*args))[1])
+    run(model, tmp_path / "one", in_blocks[0])
+    assert [len(blocks) for blocks in shares] == [2] and len(set(batches)) == 1
+    shares.clear(), batches.clear()
+    run(model, tmp_path / "two", in_blocks[0], device="cpu,cpu")
+    assert [len(blocks) for blocks in shares] == [1, 1] and len(set(batches)) > 1
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
 @pytest.mark.parametrize(("owner", "name"), [(experts, "_hidden_moments"), (LayerWalk, "fit")])
