@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 PRIOR_TOKENS = 2048
 # Experts fitted as one batch. Fixed, because a batched product's last bits may depend on the size of the batch.
 BLOCK = 16
+# Share of the free memory to count on: an allocator leaves gaps.
+USED = 0.9
 STACKS = ("mlp.w1", "mlp.w3", "mlp.w2")
 
 
@@ -133,7 +135,8 @@ def _blocks_that_fit(walk: LayerWalk, blocks: int) -> int:
     need = Footprint.of(
         walk.config, tokens, walk.settings.dtype.itemsize, BLOCK, corrects=walk.streams.reference is not None
     )
-    fit = max(1, (free_memory(walk.settings.device) - need.codes - need.working) // need.block)
+    free = int(USED * free_memory(walk.settings.device)) - need.codes - need.working
+    fit = max(1, free // need.block)
     chunks = -(-blocks // fit)
     return -(-blocks // chunks)
 
