@@ -5,7 +5,7 @@ import torch
 
 from klquant.calibrate import experts
 from klquant.checkpoint.verify import verify
-from tests.pipeline.build import RULES, TEXT, Stop, Stopped, digests, recipe, run
+from tests.pipeline.build import RULES, TEXT, Stop, Stopped, recipe, run, weights
 from tests.recipe.build import WIDE
 from tests.tiny import tiny_checkpoint
 
@@ -26,16 +26,16 @@ def once(wide, tmp_path_factory):
     out = tmp_path_factory.mktemp("once") / "out"
     run(wide, out, CHOSEN, device="cuda")
     assert verify(out) == []
-    return digests(out)
+    return weights(out)
 
 
 def test_a_second_run_and_a_stopped_one_write_the_same(wide, once, tmp_path):
     run(wide, tmp_path / "again", CHOSEN, device="cuda")
-    assert digests(tmp_path / "again") == once
+    assert weights(tmp_path / "again") == once
     with pytest.raises(Stopped):
         run(wide, tmp_path / "stopped", CHOSEN, watcher=Stop("layer 1", "experts"), device="cuda")
     run(wide, tmp_path / "stopped", CHOSEN, device="cuda", resume=True)
-    assert digests(tmp_path / "stopped") == once
+    assert weights(tmp_path / "stopped") == once
 
 
 def test_memory_decides_nothing_but_speed(wide, tmp_path, monkeypatch):
@@ -44,7 +44,7 @@ def test_memory_decides_nothing_but_speed(wide, tmp_path, monkeypatch):
     monkeypatch.setattr(experts, "free_memory", lambda device: 1)
     monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cuda": 0})
     run(wide, tmp_path / "few", CHOSEN, device="cuda")
-    assert digests(tmp_path / "all") == digests(tmp_path / "few")
+    assert weights(tmp_path / "all") == weights(tmp_path / "few")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
@@ -53,4 +53,4 @@ def test_two_cards_write_the_bytes_of_one(wide, tmp_path, monkeypatch):
     monkeypatch.setattr("klquant.pipeline.run.BATCH_TOKENS", {"cuda": 64})
     run(wide, tmp_path / "one", CHOSEN, device="cuda:0")
     run(wide, tmp_path / "two", CHOSEN, device="cuda:0,cuda:1")
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")

@@ -17,7 +17,7 @@ from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.verify import verify
 from klquant.errors import UserError
 from klquant.pipeline.report import Silent, UnitDone
-from tests.pipeline.build import ROUND, RULES, TEXT, digests, recipe, run, unfinished
+from tests.pipeline.build import ROUND, RULES, TEXT, digests, recipe, run, unfinished, weights
 from tests.recipe.build import WIDE
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
@@ -114,11 +114,6 @@ def test_a_watcher_hears_everything_in_order(model, tmp_path):
     assert list(dict.fromkeys(unit for unit, _ in log.phases)) == ["calibration", *log.units]
     sizes = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     assert sum(s.nbytes for s in log.summaries) == sizes
-
-
-def weights(out):
-    """Digests of the shards. Errors in klquant.json may differ in their last bits."""
-    return {name: digest for name, digest in digests(out).items() if name.endswith(".safetensors")}
 
 
 @pytest.fixture(scope="module", params=[RULES, RULES.replace("gptq", "awq")], ids=["gptq", "awq"])
