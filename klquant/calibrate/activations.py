@@ -1,6 +1,7 @@
 """The residual stream of all calibration windows between two layers, in memory or in a file."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Condition
@@ -13,9 +14,10 @@ from klquant.errors import UserError
 
 
 class Gate:
-    """Keeps what changes windows behind what copies them, window by window."""
+    """Keeps what changes windows behind what copies them, window by window. `waited`: seconds lost by that."""
 
     def __init__(self) -> None:
+        self.waited = 0.0
         self._moved = Condition()
         self._passed = float("inf")
 
@@ -34,8 +36,10 @@ class Gate:
 
     def wait(self, windows: int) -> None:
         """Until the first `windows` may be changed."""
+        began = time.perf_counter()
         with self._moved:
             self._moved.wait_for(lambda: self._passed >= windows)
+        self.waited += time.perf_counter() - began
 
 
 class Activations:

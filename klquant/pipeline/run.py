@@ -157,9 +157,11 @@ def _work(
             behind.submit(partial(_put_away, journal, number, name, shards, result, leaving, watcher))
             del result
         behind.wait()
+        write_wait = behind.waited
         if store is not None:
+            write_wait += store.waited
             store.close()
-        watcher.end(Traffic(ahead.nbytes, ahead.waited, written, behind.waited))
+        watcher.end(Traffic(ahead.nbytes, ahead.waited, written, write_wait))
 
 
 def _compute(
