@@ -1,7 +1,8 @@
 """The residual stream of all calibration windows between two layers, in memory or in a file."""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Condition
 
@@ -13,9 +14,10 @@ from klquant.errors import UserError
 
 
 class Gate:
-    """Keeps what changes windows behind what copies them, window by window."""
+    """Keeps what changes windows behind what copies them, window by window. `waited`: seconds lost by that."""
 
     def __init__(self) -> None:
+        self.waited = 0.0
         self._moved = Condition()
         self._passed = float("inf")
 
@@ -34,8 +36,10 @@ class Gate:
 
     def wait(self, windows: int) -> None:
         """Until the first `windows` may be changed."""
+        began = time.perf_counter()
         with self._moved:
             self._moved.wait_for(lambda: self._passed >= windows)
+        self.waited += time.perf_counter() - began
 
 
 class Activations:
@@ -120,9 +124,9 @@ class Activations:
 
 
 def feed(
-    sources: list[Activations | None], size: int, device: torch.device
+    sources: list[Activations | None], starts: Sequence[int], size: int, device: torch.device
 ) -> Iterator[tuple[int, list[Tensor | None]]]:
-    """First window and slices of `size` windows of each source, on the device.
+    """First window and slices of up to `size` windows of each source, on the device.
 
     While one slice is worked on, the next is on its way to a GPU: write no window that was not handed out yet.
     """
@@ -133,19 +137,21 @@ def feed(
         return [None if s is None else s.read(start, stop).to(device, non_blocking=True) for s in sources]
 
     if device.type != "cuda":
-        for start in range(0, total, size):
+        for start in starts:
             yield start, fetch(start)
         return
     side = torch.cuda.Stream(device)
-    with torch.cuda.stream(side):
-        coming = fetch(0)
-    for start in range(0, total, size):
-        here, slices = torch.cuda.current_stream(device), coming
+    coming = None
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        if coming is None:
+            with torch.cuda.stream(side):
+                coming = fetch(start)
+        here, slices, coming = torch.cuda.current_stream(device), coming, None
         here.wait_stream(side)
         for x in slices:
             if x is not None:
                 x.record_stream(here)
-        if start + size < total:
+        if following is not None:
             with torch.cuda.stream(side):
-                coming = fetch(start + size)
+                coming = fetch(following)
         yield start, slices

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from klquant.calibrate.footprint import Footprint
 from klquant.calibrate.paths import get, put
 from klquant.calibrate.rescale import rescale
 from klquant.calibrate.routes import Routes, add_moments, hidden
+from klquant.calibrate.sharing import current, over_batches
 from klquant.core.memory import free_memory
 from klquant.model.moe import route
 from klquant.quantize.hessian import Moments
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 PRIOR_TOKENS = 2048
 # Experts fitted as one batch. Fixed, because a batched product's last bits may depend on the size of the batch.
 BLOCK = 16
+# Share of the free memory to count on: an allocator leaves gaps.
+USED = 0.9
 STACKS = ("mlp.w1", "mlp.w3", "mlp.w2")
 
 
@@ -78,7 +80,7 @@ def _share(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
 
     @torch.no_grad()
     def work(device: torch.device, share: list[slice]) -> LayerWalk:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with current(device):
             other = walk.on(device)
             _quantize_blocks(other, share, inputs.to(device))
             return other
@@ -88,12 +90,20 @@ def _share(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
         _quantize_blocks(walk, shares[0], inputs)
         for job, share in zip(jobs, shares[1:], strict=True):
             _merge(walk, job.result(), slice(share[0].start, share[-1].stop))
+    for path in STACKS:  # a tensor of its own again, for what was changed in place is not what other devices hold
+        walk.exact = put(walk.exact, path, get(walk.exact, path)[:]) if _folds(walk) else walk.exact
+        walk.now = put(walk.now, path, get(walk.now, path)[:])
+
+
+def _folds(walk: LayerWalk) -> bool:
+    """Whether quantizing the experts changes their unquantized weights."""
+    return walk.decision("mlp.w2").algorithm == "awq"
 
 
 def _merge(walk: LayerWalk, other: LayerWalk, experts: slice) -> None:
     """Take over what another device's walk has made of some experts."""
     for path in STACKS:
-        for mine, theirs in ((walk.exact, other.exact), (walk.now, other.now)):
+        for mine, theirs in ((walk.now, other.now), (walk.exact, other.exact))[: 1 + _folds(walk)]:
             get(mine, path)[experts] = get(theirs, path)[experts].to(walk.settings.device)
     walk.result.quantized |= other.result.quantized
     walk.result.records |= other.result.records
@@ -125,7 +135,8 @@ def _blocks_that_fit(walk: LayerWalk, blocks: int) -> int:
     need = Footprint.of(
         walk.config, tokens, walk.settings.dtype.itemsize, BLOCK, corrects=walk.streams.reference is not None
     )
-    fit = max(1, (free_memory(walk.settings.device) - need.codes - need.working) // need.block)
+    free = int(USED * free_memory(walk.settings.device)) - need.codes - need.working
+    fit = max(1, free // need.block)
     chunks = -(-blocks // fit)
     return -(-blocks // chunks)
 
@@ -157,17 +168,22 @@ def _quantize_chunk(walk: LayerWalk, todo: deque[slice], size: int, inputs: Inpu
 
 def _route_all(walk: LayerWalk, layer_wide: Moments | None) -> Inputs:
     """Route every token; also an even sample of the MLP's inputs."""
-    routes, sample, sample_star = [], [], []
     windows, length, _ = walk.streams.quantized.shape
     stride = max(1, windows * length // PRIOR_TOKENS)
-    for start, h, reference in walk.batches("routing"):
-        x = walk.norm(h, walk.now.post_norm).flatten(0, 1)
-        routes.append(Routes.sort(*route(walk.config, walk.now.mlp, x), walk.config.num_experts))
+    home = walk.settings.device
+
+    def visit(other: LayerWalk, start: int, h: Tensor, reference: Tensor | None, _: None):
+        x = other.norm(h, other.now.post_norm).flatten(0, 1)
+        routes = Routes.sort(*route(other.config, other.now.mlp, x), other.config.num_experts)
         pick = slice(-(start * length) % stride, None, stride)
-        sample.append(x[pick])
+        star = None
         if reference is not None:
-            sample_star.append(walk.norm(reference, walk.exact.post_norm).flatten(0, 1)[pick])
-    return Inputs(routes, torch.cat(sample), torch.cat(sample_star) if sample_star else None, layer_wide)
+            star = other.norm(reference, other.exact.post_norm).flatten(0, 1)[pick].to(home)
+        return routes.to(home), x[pick].to(home), star
+
+    routes, sample, stars = zip(*over_batches(walk, "routing", visit), strict=True)
+    star = None if stars[0] is None else torch.cat(stars)
+    return Inputs(list(routes), torch.cat(sample), star, layer_wide)
 
 
 def _routed(walk: LayerWalk, inputs: Inputs, experts: slice, phase: str):

@@ -1,10 +1,10 @@
 """Fields of LayerWeights by dotted path ("attn.q_proj", "mlp.shared.up_proj", "mlp.w1"), and the tensors behind."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import reduce
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from klquant.model.weights import (
@@ -33,11 +33,11 @@ def put(weights: Node, path: str, value: Tensor) -> Node:
     return replace(weights, **{head: put(getattr(weights, head), rest, value) if rest else value})
 
 
-def move(weights: Node, device: torch.device) -> Node:
-    """The same (nested, frozen) weights on a device."""
+def map_tensors(weights: Node, change: Callable[[Tensor], Tensor]) -> Node:
+    """The same (nested, frozen) weights with every tensor changed."""
     values = {field.name: getattr(weights, field.name) for field in fields(weights)}
     return replace(
-        weights, **{k: v.to(device) if isinstance(v, Tensor) else move(v, device) for k, v in values.items()}
+        weights, **{k: change(v) if isinstance(v, Tensor) else map_tensors(v, change) for k, v in values.items()}
     )
 
 

@@ -17,6 +17,9 @@ from klquant.model.weights import MLPWeights, MoEWeights
 from klquant.quantize import kernels
 from klquant.quantize.hessian import Moments
 
+# Tokens whose experts' outputs are held at once before they are added up: top-k times as many rows as tokens.
+OUTPUT_TOKENS = 16384
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -105,6 +108,11 @@ def routed_output(cfg: KimiLinearConfig, w: MoEWeights, x_TC: Tensor, weight_TK:
     """`klquant.model.moe.experts`: Σ over a token's routes of weight · expert(x), summed in FP32 in order of expert."""
     if not kernels.serve(x_TC):
         return experts(cfg, w, x_TC, weight_TK, expert_TK)
+    parts = (x.split(OUTPUT_TOKENS) for x in (x_TC, weight_TK, expert_TK))
+    return torch.cat([_grouped_output(w, *part) for part in zip(*parts, strict=True)])
+
+
+def _grouped_output(w: MoEWeights, x_TC: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
     from klquant.quantize.kernels import grouped
 
     routes = Routes.sort(weight_TK, expert_TK, w.w1.shape[0])

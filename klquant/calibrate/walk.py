@@ -19,9 +19,10 @@ from klquant.calibrate.activations import Activations, feed
 from klquant.calibrate.experts import quantize_experts
 from klquant.calibrate.fit import TensorRecord, fit_weight
 from klquant.calibrate.folding import Seam
-from klquant.calibrate.paths import get, is_stack, move, put, tensor_names
+from klquant.calibrate.paths import get, is_stack, map_tensors, put, tensor_names
 from klquant.calibrate.rescale import rescale
 from klquant.calibrate.routes import routed_output
+from klquant.calibrate.sharing import over_batches
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.core.grid import SCALE_DTYPE, Quantized
 from klquant.core.memory import free_memory
@@ -101,6 +102,8 @@ class LayerWalk:
         self.prefix = f"model.layers.{layer}."
         self.exact, self.now = weights, weights
         self.result = LayerResult()
+        # Device → id of a tensor → the tensor (which keeps the id its own) and its copy there.
+        self._copies: dict[torch.device, dict[int, tuple[Tensor, Tensor]]] = {}
 
     def run(self) -> LayerResult:
         self._attention()
@@ -111,11 +114,26 @@ class LayerWalk:
         return self.result
 
     def on(self, device: torch.device) -> "LayerWalk":
-        """A walk through the same layer as it is now, on another device and with a result of its own."""
+        """A walk through the same layer as it is now, on another device and with a result of its own.
+
+        A tensor that was there at the last call is not copied again.
+        """
+        here: list[Tensor] = [m for m in self.metrics if m is not None]
+        for weights in (self.exact, self.now):
+            map_tensors(weights, lambda x: here.append(x) or x)
+        held = self._copies.pop(device, {})
+        copies = self._copies[device] = {id(x): held[id(x)] for x in here if id(x) in held}
+        del held  # what is no longer part of the layer makes room before its successor comes
+
+        def there(x: Tensor) -> Tensor:
+            if id(x) not in copies:
+                copies[id(x)] = x, x.to(device, copy=True)
+            return copies[id(x)][1]
+
         other = copy(self)
         other.settings = replace(self.settings, device=device, others=())
-        other.exact, other.now = move(self.exact, device), move(self.now, device)
-        other.metrics = tuple(None if m is None else m.to(device) for m in self.metrics)
+        other.exact, other.now = map_tensors(self.exact, there), map_tensors(self.now, there)
+        other.metrics = tuple(None if m is None else there(m) for m in self.metrics)
         other.result, other.progress = LayerResult(), lambda phase, fraction: None
         return other
 
@@ -173,7 +191,8 @@ class LayerWalk:
     def batches(self, phase: str, *, reference: bool = True) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """First window, quantized stream and reference stream (or None) [B, S, C] of one batch after the other."""
         sources = [self.streams.quantized, self.streams.reference if reference else None]
-        for start, (h, h_star) in feed(sources, self.settings.batch, self.settings.device):
+        starts = range(0, len(self.streams.quantized), self.settings.batch)
+        for start, (h, h_star) in feed(sources, starts, self.settings.batch, self.settings.device):
             self.progress(phase, start / len(self.streams.quantized))
             yield start, h, h_star
 
@@ -186,11 +205,14 @@ class LayerWalk:
         """Mean moments of the norm's output over all tokens; None if nothing that reads it is quantized."""
         if all(self.decision(path).spec is None for path in seam.consumers):
             return None
+
+        def visit(walk: LayerWalk, start: int, h: Tensor, reference: Tensor | None, sums: Moments) -> None:
+            x = self.norm(h, get(walk.now, seam.producer)).flatten(0, 1)
+            x_star = None if reference is None else self.norm(reference, get(walk.exact, seam.producer)).flatten(0, 1)
+            sums.add(x, reference_TK=x_star)
+
         moments = self.moments(self.config.hidden_size)
-        for _, h, reference in self.batches(phase):
-            x = self.norm(h, get(self.now, seam.producer)).flatten(0, 1)
-            x_star = None if reference is None else self.norm(reference, get(self.exact, seam.producer)).flatten(0, 1)
-            moments.add(x, reference_TK=x_star)
+        over_batches(self, phase, visit, moments)
         return moments.mean()
 
     def fit(
@@ -230,35 +252,39 @@ class LayerWalk:
         `keep`: hold the map's inputs on the device between the two passes, where they fit, rather than make them again.
         """
         (path,) = seam.consumers
-        w_CK, streams = get(self.exact, path), self.streams
-        n, k = w_CK.shape
+        streams, size = self.streams, self.settings.batch
+        n, k = get(self.exact, path).shape
         wanted = self.decision(path).spec is not None
-        moments = self.moments(k, n=n)
         tokens = streams.quantized.shape[0] * streams.quantized.shape[1]
-        fits = tokens * k * self.settings.dtype.itemsize < KEPT_SHARE * free_memory(self.settings.device)
-        kept: list[Tensor] | None = [] if keep and fits else None
-        for start, h, reference in self.batches(phase):
-            x, base = stage(self.now, h)
+        keep = keep and tokens * k * self.settings.dtype.itemsize < KEPT_SHARE * free_memory(self.settings.device)
+
+        def before(walk: LayerWalk, start: int, h: Tensor, reference: Tensor | None, sums: Moments) -> Tensor | None:
+            x, base = stage(walk.now, h)
             x_star = gap = None
             if reference is not None:
-                x_star, base_star = stage(self.exact, reference)
+                x_star, base_star = stage(walk.exact, reference)
                 gap = (base_star.float() - base.float()).flatten(0, 1)
-                streams.reference.write(start, base_star + x_star @ w_CK.T)
+                streams.reference.write(start, base_star + x_star @ get(walk.exact, path).T)
                 x_star = x_star.flatten(0, 1)
             if wanted:
-                moments.add(x.flatten(0, 1), reference_TK=x_star, missing_TN=gap)
-            if kept is not None:
-                kept.append(x)
-                streams.quantized.write(start, base)
-        scale = None
+                sums.add(x.flatten(0, 1), reference_TK=x_star, missing_TN=gap)
+            if not keep:
+                return None
+            streams.quantized.write(start, base)
+            return x
+
+        moments, scale = self.moments(k, n=n), None
+        kept = over_batches(self, phase, before, moments)
         if wanted:
             mean, scale = rescale(self, seam, moments.mean())
             self.fit(seam.consumers, mean, metric_NN=metric_CC)
-        w_CK = get(self.now, path)
-        for start, base, _ in self.batches(phase, reference=False):
-            if kept is None:
-                x, base = stage(self.now, base)  # made with the scale already folded in
-            else:
-                x = kept.pop(0)
-                x = x if scale is None else x / scale.to(x.dtype)
-            streams.quantized.write(start, base + x @ w_CK.T)
+
+        def after(walk: LayerWalk, start: int, base: Tensor, _: None, sums: None) -> None:
+            x, kept[start // size] = kept[start // size], None
+            if x is None:
+                x, base = stage(walk.now, base)  # made with the scale already folded in
+            elif scale is not None:
+                x = x / scale.to(x)
+            streams.quantized.write(start, base + x @ get(walk.now, path).T)
+
+        over_batches(self, phase, after, reference=False)

@@ -35,7 +35,7 @@ from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
     "--device",
     "--devices",
     metavar="cpu|cuda|cuda:N,…",
-    help="Where to compute; several cards share the experts.  [default: cuda, or cpu without a GPU]",
+    help="Where to compute; several cards share the work.  [default: cuda, or cpu without a GPU]",
 )
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
 @click.option("--max-shard-size", type=Size(), help="Largest output file.  [default: 5GB]")

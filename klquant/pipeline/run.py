@@ -11,16 +11,12 @@ from torch import Tensor
 import klquant
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.index import CONFIG
-from klquant.checkpoint.quantized import quantization_config
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.writer import (
     Shard,
     ShardRecord,
-    copy_side_files,
     layer_units,
     plan_shards,
-    write_index,
-    write_json,
     write_safetensors,
 )
 from klquant.core.device import pick_devices
@@ -28,11 +24,12 @@ from klquant.core.memory import free_memory
 from klquant.errors import UserError
 from klquant.pipeline.ahead import Ahead
 from klquant.pipeline.behind import Behind
-from klquant.pipeline.journal import PROVENANCE, Journal, Purpose
+from klquant.pipeline.finish import finish
+from klquant.pipeline.journal import Journal, Purpose
 from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices
 from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
 from klquant.pipeline.streams import StreamStore
-from klquant.pipeline.text import Text, draw_text, keep_text
+from klquant.pipeline.text import draw_text, keep_text
 from klquant.pipeline.units import Progress, UnitResult, Units, names_read, units_of
 from klquant.recipe.decision import Decision
 from klquant.recipe.plan import Plan
@@ -41,7 +38,6 @@ SHARD_BYTES = 5_000_000_000
 # Tokens worked on at once, by kind of device. Fixed, because the order of a sum is part of its bytes; a GPU wants large
 # batches, so that an expert's share of one is worth a launch.
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def quantize(
             watcher.note(note)
         shards = plan_shards(layer_units(plan.stored_sizes()), options.shard_bytes)
         _work(reader, plan, settings, journal, shards, text and text.calibration.ids, options.limits, watcher)
-        return _finish(reader, plan, journal, shards, text)
+        return finish(reader, plan, journal, shards, text)
 
 
 def check_model(reader: CheckpointReader) -> None:
@@ -136,9 +132,11 @@ def _work(
             behind.submit(partial(_put_away, journal, number, name, shards, result, leaving, watcher))
             del result
         behind.wait()
+        write_wait = behind.waited
         if store is not None:
+            write_wait += store.waited
             store.close()
-        watcher.end(Traffic(ahead.nbytes, ahead.waited, written, behind.waited))
+        watcher.end(Traffic(ahead.nbytes, ahead.waited, written, write_wait))
 
 
 def _compute(
@@ -216,60 +214,3 @@ def _summary(name: str, result: UnitResult, written: list[ShardRecord]) -> UnitD
         worst_tensor=worst,
         fallbacks=result.fallbacks + [f"{module}: {r.fallback}" for module, r in result.records.items() if r.fallback],
     )
-
-
-def _finish(reader: CheckpointReader, plan: Plan, journal: Journal, shards: list[Shard], text: Text | None) -> dict:
-    """Write what makes the folder a checkpoint, config.json last, and give it its name."""
-    folder = journal.folder
-    provenance = _provenance(plan, journal, text)
-    copy_side_files(reader.folder, folder)
-    write_index(folder, shards, plan.stored_sizes())
-    write_json(folder / PROVENANCE, provenance)
-    specs = {module: spec for module, spec in plan.specs().items() if spec is not None}
-    kept = [module for module, spec in plan.specs().items() if spec is None]
-    config = {k: v for k, v in reader.raw_config.items() if k != "quantization_config"}
-    if specs:
-        config["quantization_config"] = quantization_config(specs, kept, reader.config)
-    write_json(folder / CONFIG, config)
-    return journal.finish()
-
-
-def _provenance(plan: Plan, journal: Journal, text: Text | None) -> dict:
-    """Everything one needs to repeat or judge the run. No times, no host: equal runs write equal files."""
-    records = [journal.record(number) for number in range(len(units_of(plan)))]
-    tensors = {module: r for record in records for module, r in record["tensors"].items()}
-    calibration = None
-    if text is not None:
-        ids = text.calibration.ids
-        calibration = {
-            "text": text.spec,
-            "sha256": text.calibration.sha256,
-            "windows": ids.shape[0],
-            "window": ids.shape[1],
-            "sources": [asdict(s) for s in text.calibration.sources],
-            "notes": list(text.calibration.notes),
-            "coverage": text.coverage and asdict(text.coverage),
-        }
-    return {
-        "schema": SCHEMA,
-        "purpose": journal.found,
-        "versions": _versions(),
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "target": plan.target,
-        "changes": [
-            {"class": c.cls, "roles": c.roles, "count": c.count, "why": c.why, "extra_bytes": c.extra_bytes}
-            for c in plan.changes
-        ],
-        "calibration": calibration,
-        "tensors": tensors,
-        "expert_tokens": {r["unit"].removeprefix("layer "): r["expert_tokens"] for r in records if r["expert_tokens"]},
-        "fallbacks": [f"{module}: {r['fallback']}" for module, r in tensors.items() if r["fallback"]],
-        "shards": {file: shard for record in records for file, shard in record["shards"].items()},
-    }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "safetensors", "compressed-tensors", "tokenizers", "tiktoken")
-    return {"klquant": klquant.__version__, **{name: version(name) for name in names}}

@@ -60,6 +60,11 @@ class StreamStore:
         for part in self.parts.values():
             part.gate.close()
 
+    @property
+    def waited(self) -> float:
+        """Seconds that a layer has waited for copies."""
+        return sum(part.gate.waited for part in self.parts.values())
+
     def release(self) -> None:
         for part in self.parts.values():
             part.gate.open()

@@ -68,6 +68,17 @@ class Moments:
         drift, missing = (None if x is None else x.to(device) for x in (self.drift, self.missing))
         return Moments(self.hh.to(device), self.weight.to(device), self.count.to(device), drift, missing)
 
+    def empty(self, device: torch.device) -> "Moments":
+        """Empty sums of the same shapes, on a device."""
+        parts = (self.hh, self.weight, self.count, self.drift, self.missing)
+        return Moments(*(None if x is None else torch.zeros_like(x, device=device) for x in parts))
+
+    def merge(self, other: "Moments") -> None:
+        """Add sums of the same shapes, from any device."""
+        for name in ("hh", "weight", "count", "drift", "missing"):
+            if (mine := getattr(self, name)) is not None:
+                mine += getattr(other, name).to(mine.device)
+
     def mean(self) -> "Moments":
         """The same as means over the tokens; zero where no token was seen."""
         n = self.weight.clamp_min(1e-30).float()[..., None, None]

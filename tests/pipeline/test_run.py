@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from klquant.calibrate import experts
+import klquant.pipeline.run as pipeline
+from klquant.calibrate import experts, sharing
 from klquant.calibrate.walk import LayerWalk
 from klquant.checkpoint.index import read_json
 from klquant.checkpoint.quantized import QuantizedReader
@@ -15,7 +17,7 @@ from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.verify import verify
 from klquant.errors import UserError
 from klquant.pipeline.report import Silent, UnitDone
-from tests.pipeline.build import ROUND, RULES, TEXT, digests, recipe, run, unfinished
+from tests.pipeline.build import ROUND, RULES, TEXT, digests, recipe, run, unfinished, weights
 from tests.recipe.build import WIDE
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
@@ -114,11 +116,6 @@ def test_a_watcher_hears_everything_in_order(model, tmp_path):
     assert sum(s.nbytes for s in log.summaries) == sizes
 
 
-def weights(out):
-    """Digests of the shards. Errors in klquant.json may differ in their last bits."""
-    return {name: digest for name, digest in digests(out).items() if name.endswith(".safetensors")}
-
-
 @pytest.fixture(scope="module", params=[RULES, RULES.replace("gptq", "awq")], ids=["gptq", "awq"])
 def in_blocks(model, tmp_path_factory, request):
     """A recipe, and the weights of its run with the experts in two blocks."""
@@ -147,14 +144,19 @@ def test_memory_decides_nothing_but_speed(model, tmp_path, monkeypatch, in_block
 
 
 def test_two_devices_write_the_bytes_of_one(model, tmp_path, monkeypatch, in_blocks, blocks_of_two):
-    shares = []
-    real = experts._quantize_blocks
-    monkeypatch.setattr(
-        experts, "_quantize_blocks", lambda walk, blocks, x: (shares.append(blocks), real(walk, blocks, x))
-    )
-    run(model, tmp_path / "out", in_blocks[0], device="cpu,cpu")
-    assert sorted(len(blocks) for blocks in shares) == [1, 1]
-    assert weights(tmp_path / "out") == in_blocks[1]
+    """They share the experts, and the batches of tokens where each is summed by itself, as on cards."""
+    monkeypatch.setattr(sharing, "SPLIT", {"cpu"})
+    monkeypatch.setattr(pipeline, "BATCH_TOKENS", {"cpu": 64})
+    shares, batches = [], []
+    real, real_norm = experts._quantize_blocks, LayerWalk.norm
+    monkeypatch.setattr(experts, "_quantize_blocks", lambda *args: (shares.append(args[1]), real(*args)))
+    monkeypatch.setattr(LayerWalk, "norm", lambda *args: (batches.append(threading.get_ident()), real_norm(*args))[1])
+    run(model, tmp_path / "one", in_blocks[0])
+    assert [len(blocks) for blocks in shares] == [2] and len(set(batches)) == 1
+    shares.clear(), batches.clear()
+    run(model, tmp_path / "two", in_blocks[0], device="cpu,cpu")
+    assert [len(blocks) for blocks in shares] == [1, 1] and len(set(batches)) > 1
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
 @pytest.mark.parametrize(("owner", "name"), [(experts, "_hidden_moments"), (LayerWalk, "fit")])

@@ -1,5 +1,7 @@
 """The kernels of GPTQ: against the plain functions (interpreted here, at size on a GPU), and compiled for each card."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -143,3 +145,36 @@ def test_bytes_repeat_and_do_not_depend_on_how_many_experts_there_are():
     for name in ("codes", "scale"):
         assert torch.equal(getattr(whole, name), getattr(again, name))
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drift", [False, True])
+def test_grouped_work_is_that_of_each_expert(drift):
+    from klquant.calibrate.routes import Routes, add_moments, hidden, routed_output
+    from klquant.model.weights import MoEWeights
+    from klquant.quantize.hessian import Moments
+
+    e, c, i, tokens = 9, 640, 384, 3000
+    gen = torch.Generator("cuda").manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=gen, device="cuda").bfloat16()
+
+    weights = MoEWeights(noise(e, c), noise(e), noise(e, i, c) / 25, noise(e, i, c) / 25, noise(e, c, i) / 20, None)
+    x, star = noise(tokens, c), noise(tokens, c)
+    weight, expert = torch.rand(tokens, e - 1, generator=gen, device="cuda").topk(2, -1)
+    part = Routes.sort(weight, expert, e).part(slice(2, 9))
+
+    def run():
+        sums = Moments.zeros(c, 7, device="cuda", drift=drift)
+        add_moments(sums, x, part, star if drift else None, gathered=False, weighted=False)
+        y = routed_output(SimpleNamespace(num_experts=e), weights, x, weight, expert)
+        return sums, hidden(weights, slice(2, 9), x, part), y
+
+    (sums, h, y), (again, _, _) = run(), run()
+    assert torch.equal(sums.hh, again.hh)
+    with kernels.plain():
+        want, want_h, want_y = run()
+    pairs = [(sums.hh, want.hh, 1e-5), (h, want_h, 1e-2), (y, want_y, 1e-2)]
+    for got, reference, most in pairs + [(sums.drift, want.drift, 1e-5)] * drift:
+        assert (got.float() - reference.float()).norm() <= most * reference.float().norm()

@@ -1,0 +1,56 @@
+"""Whole runs on a card: the same bytes each time, however they were stopped and whatever memory they had."""
+
+import pytest
+import torch
+
+from klquant.calibrate import experts
+from klquant.checkpoint.verify import verify
+from tests.pipeline.build import RULES, TEXT, Stop, Stopped, recipe, run, weights
+from tests.recipe.build import WIDE
+from tests.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.gpu
+CHOSEN = recipe(RULES.replace("group_size: 32", "group_size: 128"), TEXT, gptq="refine_rounds: 1")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Two layers of a width that the kernels are made for."""
+    attention = WIDE["linear_attn_config"] | {"full_attn_layers": [2], "kda_layers": [1]}
+    changes = WIDE | {"num_hidden_layers": 2, "num_experts": 4, "linear_attn_config": attention}
+    return tiny_checkpoint(tmp_path_factory.mktemp("wide") / "model", **changes)
+
+
+@pytest.fixture(scope="module")
+def once(wide, tmp_path_factory):
+    out = tmp_path_factory.mktemp("once") / "out"
+    run(wide, out, CHOSEN, device="cuda")
+    assert verify(out) == []
+    return weights(out)
+
+
+def test_a_second_run_and_a_stopped_one_write_the_same(wide, once, tmp_path):
+    run(wide, tmp_path / "again", CHOSEN, device="cuda")
+    assert weights(tmp_path / "again") == once
+    with pytest.raises(Stopped):
+        run(wide, tmp_path / "stopped", CHOSEN, watcher=Stop("layer 1", "experts"), device="cuda")
+    run(wide, tmp_path / "stopped", CHOSEN, device="cuda", resume=True)
+    assert weights(tmp_path / "stopped") == once
+
+
+def test_memory_decides_nothing_but_speed(wide, tmp_path, monkeypatch):
+    monkeypatch.setattr(experts, "BLOCK", 2)
+    run(wide, tmp_path / "all", CHOSEN, device="cuda")
+    monkeypatch.setattr(experts, "free_memory", lambda device: 1)
+    monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cuda": 0})
+    run(wide, tmp_path / "few", CHOSEN, device="cuda")
+    assert weights(tmp_path / "all") == weights(tmp_path / "few")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+def test_two_cards_write_the_bytes_of_one(wide, tmp_path, monkeypatch):
+    monkeypatch.setattr(experts, "BLOCK", 2)
+    monkeypatch.setattr("klquant.pipeline.run.BATCH_TOKENS", {"cuda": 64})
+    run(wide, tmp_path / "one", CHOSEN, device="cuda:0")
+    run(wide, tmp_path / "two", CHOSEN, device="cuda:0,cuda:1")
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
