@@ -34,6 +34,13 @@ def resolve_model(model: str, weights: bool) -> Path:
     return Path(_ask(model, lambda: snapshot_download(model, allow_patterns=patterns, local_files_only=offline)))
 
 
+def model_name(folder: Path) -> str:
+    """What to call a model in what outlives this machine: a snapshot of the hub by its id, others by their folder."""
+    kind, *owner_and_name = folder.parent.parent.name.split("--")
+    in_cache = folder.parent.name == "snapshots" and kind == "models" and len(owner_and_name) == 2
+    return "/".join(owner_and_name) if in_cache else str(folder)
+
+
 def read_hub_index(model: str) -> tuple[KimiLinearConfig, dict[str, tuple[str, tuple[int, ...]]]]:
     """Config and name → (dtype, shape) of a hub repository, from its config.json and its shards' headers alone."""
     from huggingface_hub import get_safetensors_metadata, hf_hub_download

@@ -15,8 +15,8 @@ _TASKS = TaskOptions(())
 
 
 @click.command("eval")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--against", type=click.Path(path_type=Path), help="The 16-bit checkpoint to compare with.")
+@click.argument("model")
+@click.option("--against", metavar="MODEL", help="The 16-bit checkpoint to compare with.")
 @click.option("--as", "method", type=click.Choice(get_args(BaselineMethod)),
               help="Evaluate MODEL rounded by another method, against itself, for comparison.")  # fmt: skip
 @click.option("--recipe", metavar="NAME|FILE",
@@ -47,21 +47,22 @@ _TASKS = TaskOptions(())
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The result, a JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result instead of a table.")
 def command(
-    model: Path, against: Path | None, method: BaselineMethod | None, recipe: str | None, data: tuple[str, ...],
+    model: str, against: str | None, method: BaselineMethod | None, recipe: str | None, data: tuple[str, ...],
     windows: int, window: int, device: str, dtype: DtypeName | None, floor: bool, store: StoreKind | None,
     reference_cache: Path | None, tasks: str | None, task_limit: int | None, few_shot: int | None, task_seed: int,
     chat: bool, run_code: bool, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Score MODEL on text: its divergence from the checkpoint --against, perplexity, where it differs, and its size.
 
-    MODEL is in 16 bits or quantized. The reference runs once for all its variants, layer by layer if it does not fit.
-    The same command again goes on where it was stopped.
+    Both are folders or hub ids; MODEL is in 16 bits or quantized. The reference runs once for all its variants, layer
+    by layer if it does not fit. The same command again goes on where it was stopped.
     """
     if method is not None and against is not None:
         raise click.UsageError("--as compares MODEL with itself: leave out --against")
     if recipe is not None and method is None:
         raise click.UsageError("--recipe needs --as")
     chosen = None if method is None else load_recipe(recipe or DEFAULT_RECIPE)
+    from klquant.checkpoint.hub import resolve_model
     from klquant.cli.eval_table import Bar, print_result
     from klquant.core.device import pick_device
     from klquant.evaluate.baselines import baseline_of
@@ -78,9 +79,10 @@ def command(
         reference_cache=reference_cache, floor=floor, tasks=asked if names else None,
         command=("klquant", *sys.argv[1:]),
     )  # fmt: skip
-    baseline = None if method is None else baseline_of(model, chosen, method)
+    folder, theirs = (None if m is None else resolve_model(m, weights=True) for m in (model, against))
+    baseline = None if method is None else baseline_of(folder, chosen, method)
     with Bar() as bar:
-        result = evaluate(model, against, out, options, bar, baseline)
+        result = evaluate(folder, theirs, out, options, bar, baseline)
     if as_json:
         click.echo(json.dumps(result.model_dump(mode="json"), indent=1))
     else:

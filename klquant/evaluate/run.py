@@ -48,7 +48,7 @@ def evaluate(
     device = torch.device(options.device)
     if baseline is None:
         ours, theirs = open_model(model), None if against is None else open_model(against)
-        source, checkpoint = DeviceSource(ours, device), describe(ours, str(model))
+        source, checkpoint = DeviceSource(ours, device), describe(ours, model)
         made, notes = made_of(ours)
     else:
         ours, theirs, against = baseline.reader, baseline.reader, model
@@ -63,7 +63,7 @@ def evaluate(
     reference = cache = floor = None
     if theirs is not None:
         reference = Reference(
-            checkpoint=describe(theirs, str(against)), arithmetic=passes.arithmetic(dtype), store=passes.store
+            checkpoint=describe(theirs, against), arithmetic=passes.arithmetic(dtype), store=passes.store
         )
         truth = DeviceSource(theirs, device)
         cache = passes.reference(truth, reference, options.reference_cache or out.parent / CACHE)

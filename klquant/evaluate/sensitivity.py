@@ -75,7 +75,7 @@ def sensitivity(
     for note in notes:
         watcher.note(note)
     reference = Reference(
-        checkpoint=describe(reader, str(model)), arithmetic=passes.arithmetic(passes.dtype), store=passes.store
+        checkpoint=describe(reader, model), arithmetic=passes.arithmetic(passes.dtype), store=passes.store
     )
     found = Sensitivity(
         by=by, quantizer=quantized.said, arithmetic=reference.arithmetic, reference=reference,

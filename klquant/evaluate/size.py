@@ -2,8 +2,10 @@
 
 from collections import Counter
 from math import prod
+from pathlib import Path
 
 from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.hub import model_name
 from klquant.checkpoint.names import TensorClass, expected_tensors, parse_name
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.evaluate.result import Bits, Checkpoint, MemoryAt, Size
@@ -12,12 +14,13 @@ from klquant.recipe.memory import WeightSizes, contexts, predict_memory
 KEPT = "kept"
 
 
-def describe(reader: QuantizedReader, name: str) -> Checkpoint:
+def describe(reader: QuantizedReader, folder: Path) -> Checkpoint:
     """What a result says about a checkpoint. Reads samples of the weights for the fingerprint."""
     schemes = Counter(KEPT if spec is None else str(spec) for spec in reader.specs.values())
     return Checkpoint(
-        name=name, fingerprint=reader.files.fingerprint(), scheme=dict(sorted(schemes.items())), size=size(reader)
-    )
+        name=model_name(folder), fingerprint=reader.files.fingerprint(), scheme=dict(sorted(schemes.items())),
+        size=size(reader),
+    )  # fmt: skip
 
 
 def size(reader: QuantizedReader) -> Size:

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from klquant.checkpoint.hub import is_hub_id, read_hub_index, resolve_model
+from klquant.checkpoint.hub import is_hub_id, model_name, read_hub_index, resolve_model
 from klquant.checkpoint.index import read_tensor_index
 from klquant.errors import UserError
 
@@ -83,6 +83,15 @@ def test_a_download_takes_weights_only_when_asked_and_never_code(hub):
 def test_a_plan_reads_headers_only(hub):
     assert read_hub_index(MODEL) == read_tensor_index(hub.folder)
     assert "snapshot_download" not in [name for name, _ in hub.calls]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("a/hub/models--owner--name/snapshots/0a1b", "owner/name"), ("some/where/model", "some/where/model"),
+     ("a/datasets--owner--name/snapshots/0a1b", "a/datasets--owner--name/snapshots/0a1b")],
+)  # fmt: skip
+def test_a_snapshot_is_called_by_its_id(folder, name):
+    assert model_name(Path(folder)) == name
 
 
 def test_without_network_the_cache_serves(hub):
