@@ -1,0 +1,110 @@
+"""How fast one machine evaluates Kimi-Linear-48B layer by layer, without its checkpoint.
+
+    python -m benchmarks.evaluate_scale FOLDER       # 9 layers at full width, 128 × 2,048 tokens, 20 GiB; 32 GB of disk
+
+A checkpoint of noise, the first layers of the 48B, is written into FOLDER (or found there) and passed as `klquant eval`
+passes a reference that does not fit: a layer read, all windows of a round through it, the next one; then head, top
+tokens and samples of every distribution. Seconds by kind of layer, peak memory, and what follows for 27 layers.
+"""
+
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.quantize_scale import GIB, HostPeak
+from benchmarks.synthetic import kind_of, make_config, write_checkpoint
+from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.quantized import QuantizedReader
+from klquant.evaluate import trace
+from klquant.evaluate.score import reference_window
+from klquant.evaluate.source import DeviceSource
+from klquant.evaluate.trace import Runner
+from klquant.model.weights import LayerWeights
+
+
+class TimedRunner(Runner):
+    """A runner that says how long each layer took: reading it, and passing windows through it."""
+
+    reading: defaultdict[int, float]
+    passing: defaultdict[int, float]
+
+    def layer(self, layer: int) -> LayerWeights:
+        began = self._now()
+        w = super().layer(layer)
+        self.reading[layer] += self._now() - began
+        return w
+
+    def _pass(self, w: LayerWeights, layer: int, batch: trace.Trace) -> None:
+        began = self._now()
+        super()._pass(w, layer, batch)
+        self.passing[layer] += self._now() - began
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def by_kind(config: KimiLinearConfig, seconds: dict[int, float]) -> dict[str, float]:
+    """Mean seconds of a layer of each kind, without the first of a kind, which builds kernels, where there are more."""
+    rows = defaultdict(list)
+    for layer, value in sorted(seconds.items()):
+        rows[kind_of(config, layer)].append(value)
+    return {kind: sum(r[1:] or r) / len(r[1:] or r) for kind, r in rows.items()}
+
+
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--layers", default=9, show_default=True, help="The first layers of the model.")
+@click.option("--windows", default=128, show_default=True)
+@click.option("--window", default=2048, show_default=True, help="Tokens a window.")
+@click.option("--gpu-memory", default=20.0, show_default=True, help="Cap on the card, in GiB, CUDA's own included.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--small", is_flag=True, help="Narrow layers, few experts: to try the benchmark out.")
+def main(folder, layers, windows, window, gpu_memory, device, small):
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_per_process_memory_fraction(gpu_memory * GIB / torch.cuda.mem_get_info(device)[1], device)
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device) if cuda else 'CPU'}", flush=True)
+    began = time.perf_counter()
+    nbytes = write_checkpoint(folder / f"model-{layers}", make_config(layers, small), device)
+    print(f"checkpoint of {nbytes / 1e9:.1f} GB made in {time.perf_counter() - began:.0f} s", flush=True)
+    whole = KimiLinearConfig.from_dict(make_config(None, small), "48b")
+    reader = QuantizedReader.open(folder / f"model-{layers}")
+    runner = TimedRunner(DeviceSource(reader, device), torch.bfloat16 if cuda else torch.float32, device)
+    runner.resident = False  # as the whole model would be read
+    runner.reading, runner.passing = defaultdict(float), defaultdict(float)
+    ids_WS = torch.randint(whole.vocab_size, (windows, window), generator=torch.Generator().manual_seed(0))
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    head, began = 0.0, time.perf_counter()
+    with HostPeak() as host:
+        for batch in runner.run(ids_WS, runner.batches(ids_WS)):
+            since = time.perf_counter()
+            for i, row in enumerate(batch.windows):
+                record = reference_window(runner, batch, i, ids_WS[row], "topk")
+                assert record["nll"].isfinite().all(), "noise must score as noise"
+            head += time.perf_counter() - since
+    seconds, tokens = time.perf_counter() - began, windows * window
+    reading, passing = by_kind(reader.config, runner.reading), by_kind(reader.config, runner.passing)
+    print(f"{'seconds a layer':<18}{'reading':>9}{'passing':>9}")
+    for kind in passing:
+        print(f"{kind:<18}{reading[kind]:>9.2f}{passing[kind]:>9.2f}")
+    counts = Counter(kind_of(whole, layer) for layer in range(whole.num_layers))
+    each = {kind: reading[kind] + passing[kind] for kind in passing}
+    total = sum(n * each.get(kind, max(each.values())) for kind, n in counts.items()) + head
+    peak = f"{torch.cuda.max_memory_reserved(device) / GIB:.2f} GiB on the card (torch, reserved), " if cuda else ""
+    print("\nsummary")
+    print(f"{tokens:,} tokens through {layers} layers in {seconds:.1f} s, {head:.1f} s of it head and distributions")
+    print(f"peaks: {peak}{host.most / 1e9:.2f} GB on the host")
+    print(f"EXTRAPOLATED to {whole.num_layers} layers: {total:.0f} s, {tokens / total:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
