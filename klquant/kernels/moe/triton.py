@@ -21,12 +21,6 @@ from klquant.kernels.moe.grouping import group
 
 
 @triton.jit
-def _of(pointer, expert, stride):
-    """`pointer` to what one expert has, or None."""
-    return pointer + expert.to(tl.int64) * stride if pointer is not None else None
-
-
-@triton.jit
 def route_gate_up_kernel(
     x, x_stride, expert, words, high, scale, zero, bricks, groups, words_stride, scale_stride, h, inner,
     shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups, shared_h, shared_inner,
@@ -50,11 +44,13 @@ def route_gate_up_kernel(
         tiles = inner // (BN // 2)
         route = (program - shared_tiles) // tiles
         tile = (program - shared_tiles) % tiles
-        e = tl.load(expert + route)
+        e = tl.load(expert + route).to(tl.int64)
         acc = tile_product(
-            x + (route // top) * x_stride + tl.zeros([BM], tl.int32), m < 1, _of(words, e, words_stride),
-            _of(high, e, words_stride), _of(scale, e, scale_stride), _of(zero, e, scale_stride), tile * BN, bricks,
-            groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+            x + (route // top) * x_stride + tl.zeros([BM], tl.int32), m < 1, words + e * words_stride,
+            high + e * words_stride if high is not None else None,
+            scale + e * scale_stride if scale is not None else None,
+            zero + e * scale_stride if zero is not None else None,
+            tile * BN, bricks, groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
         at = route * inner + tile * (BN // 2) + n[:, None] + m[None, :]
         tl.store(h + at, gated(acc).to(h.dtype.element_ty), mask=(m < 1)[None, :])
@@ -139,15 +135,17 @@ def grouped_kernel(
     Grid (tiles of rows, tiles of routes).
     """
     tile = tl.program_id(1)
-    e = tl.load(tiles + tile * 3)
+    e = tl.load(tiles + tile * 3).to(tl.int64)
     if e >= 0:
         m = tl.load(tiles + tile * 3 + 1) + tl.arange(0, BM)
         exists = m < tl.load(tiles + tile * 3 + 2)
         source = tl.load(order + m, mask=exists, other=0) // top if GATED else m
         acc = tile_product(
-            x + source.to(tl.int64) * x_stride, exists, _of(words, e, words_stride), _of(high, e, words_stride),
-            _of(scale, e, scale_stride), _of(zero, e, scale_stride), tl.program_id(0) * BN, bricks, groups,
-            BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+            x + source.to(tl.int64) * x_stride, exists, words + e * words_stride,
+            high + e * words_stride if high is not None else None,
+            scale + e * scale_stride if scale is not None else None,
+            zero + e * scale_stride if zero is not None else None,
+            tl.program_id(0) * BN, bricks, groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
         if GATED:
             acc = gated(acc)
