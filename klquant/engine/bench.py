@@ -126,7 +126,7 @@ def prepare(runner: Runner, batch: int, context: int, steps: int) -> list[int]:
 
 
 def count_launches(runner: Runner) -> int | None:
-    """Kernels of a decode step of one sequence; None on a CPU."""
+    """Kernels of a decode step of one sequence; None on a CPU, and where the profiler may not see them."""
     if not _on_gpu(runner):
         return None
     slots = prepare(runner, 1, 1, WARM_STEPS + 1)
@@ -136,7 +136,7 @@ def count_launches(runner: Runner) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         runner.decode(slots, "greedy")
         _wait(runner)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) or None
 
 
 def _wait(runner: Runner) -> None:

@@ -111,18 +111,17 @@ class Runner:
         """
         slot_B = self._slot_tensors(tuple(slots))
         inputs: tuple[Tensor, ...] = ()
+        # −1 is the last row of next_token, that of padding.
+        row_B = slot_B[self.next_token.device]
         if not self._embeds_in_stage:
-            host_B = torch.tensor(slots)
-            host_B = torch.cat([host_B, host_B.new_full((len(slot_B[self.stages[0].device]) - len(slots),), -1)])
-            inputs = (embed(self.next_token[host_B], self.weights.embedding_VC),)
+            inputs = (embed(self.next_token[row_B], self.weights.embedding_VC),)
         for number, stage in enumerate(self.stages):
             inputs = tuple(x.to(stage.device, non_blocking=True) for x in inputs)
             with on(stage.device):
                 inputs = self._run(number, mode, slot_B[stage.device], *inputs)
         chosen = Chosen(*inputs)
         if self.next_token.device != self.stages[-1].device:
-            token_B = chosen.token[: len(slots)].to(self.next_token.device)
-            self.next_token[torch.tensor(slots, device=token_B.device)] = token_B
+            self.next_token[row_B] = chosen.token.to(self.next_token.device)
         return chosen
 
     def find_bad_layer(self, tokens: Sequence[int], slot: int, chunk: int) -> str | None:
@@ -154,11 +153,13 @@ class Runner:
         return self.next_token.device == self.stages[0].device
 
     def _slot_tensors(self, slots: tuple[int, ...]) -> dict[torch.device, Tensor]:
-        """Slot numbers on every stage's device, padded to a bucket where there are graphs; kept while they repeat."""
+        """Slot numbers on every stage's device and next_token's, padded to a bucket where there are graphs; kept while
+        they repeat: copying them to a device waits for all it was given to do."""
         if self._slots[0] != slots:
             padded = [*slots, *[-1] * (bucket(len(slots)) - len(slots))] if self._graphs else slots
             slot_B = torch.tensor(padded, dtype=torch.int32)
-            self._slots = slots, {stage.device: slot_B.to(stage.device) for stage in self.stages}
+            devices = {self.next_token.device, *(stage.device for stage in self.stages)}
+            self._slots = slots, {device: slot_B.to(device) for device in devices}
         return self._slots[1]
 
     def _run(self, number: int, mode: Mode, slot_B: Tensor, *stream: Tensor) -> Outputs:
