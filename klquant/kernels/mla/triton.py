@@ -228,6 +228,7 @@ def mla_decode(
     block = min(32, v)
     finish_kernel[(heads, v // block, triton.cdiv(batch, columns))](
         mean, weight, kv_b, length_B, out, batch, tile.splits, NOPE=nope, V=v, TOKENS=tile.tokens,
-        SPLITS=triton.next_power_of_2(tile.splits), AT_ONCE=16 // columns, BV=block, BM=columns, num_warps=4, **sizes,
+        SPLITS=triton.next_power_of_2(tile.splits), AT_ONCE=16 // columns, BV=block, BM=columns,
+        num_warps=4 if columns == 1 else 8, **sizes,
     )  # fmt: skip
     return out
