@@ -76,10 +76,11 @@ def linear_modules(config: KimiLinearConfig) -> dict[str, bool]:
 
 def _read_spec(group: dict, form: object, where: str) -> WeightSpec:
     weights = group.get("weights")
-    kind = weights.get("type", "int") if isinstance(weights, dict) else None
-    if form != FORMAT or kind != "int":
+    if form != FORMAT or not isinstance(weights, dict):
+        raise UserError(f"{where}: format {form!r} is not supported; klquant reads {FORMAT!r}")
+    if weights.get("type", "int") != "int":
         raise UserError(
-            f"{where}: format {form!r} of {kind!r} weights is not supported; klquant reads {FORMAT!r} of 'int' weights"
+            f"{where}: weights of type {weights['type']!r} are not supported; klquant reads integer weights"
         )
     if group.get("input_activations") or group.get("output_activations") or weights.get("dynamic"):
         raise UserError(f"{where}: quantized activations are not supported; klquant reads weight-only schemes")
