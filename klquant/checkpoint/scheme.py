@@ -76,8 +76,12 @@ def linear_modules(config: KimiLinearConfig) -> dict[str, bool]:
 
 def _read_spec(group: dict, form: object, where: str) -> WeightSpec:
     weights = group.get("weights")
-    if form != FORMAT or not isinstance(weights, dict) or weights.get("type", "int") != "int":
-        raise UserError(f"{where}: format {form!r} is not supported; klquant reads integer weights in {FORMAT!r}")
+    if form != FORMAT or not isinstance(weights, dict):
+        raise UserError(f"{where}: format {form!r} is not supported; klquant reads {FORMAT!r}")
+    if weights.get("type", "int") != "int":
+        raise UserError(
+            f"{where}: weights of type {weights['type']!r} are not supported; klquant reads integer weights"
+        )
     if group.get("input_activations") or group.get("output_activations") or weights.get("dynamic"):
         raise UserError(f"{where}: quantized activations are not supported; klquant reads weight-only schemes")
     if weights.get("actorder") in ("group", "dynamic", True):

@@ -74,7 +74,7 @@ def command(
     from klquant.engine.engine import default_devices
     from klquant.engine.placement import find_devices
 
-    found = find_devices(devices or default_devices(), max_memory)
+    found = find_devices(default_devices() if devices is None else devices, max_memory)
     kind = next(iter(found)).type
     given = (prefill, batch, context, steps)
     cells = Cells(*(default if value is None else value for value, default in zip(given, DEFAULTS[kind], strict=True)))

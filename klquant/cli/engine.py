@@ -42,7 +42,10 @@ class DeviceSizes(click.ParamType):
         pairs = [part.partition("=") for part in value.split(",")]
         if not all(name and size for name, _, size in pairs):
             self.fail(f"{value!r} is not DEVICE=SIZE,…; write cuda:0=20GiB", param, ctx)
-        return {name.strip(): Size().convert(size, param, ctx) for name, _, size in pairs}
+        sizes = {name.strip(): Size().convert(size, param, ctx) for name, _, size in pairs}
+        if len(sizes) < len(pairs):
+            self.fail(f"{value!r} names a device twice", param, ctx)
+        return sizes
 
 
 _LOADING = (

@@ -28,12 +28,12 @@ def command(
     if not prompt.strip():
         raise UserError("the prompt is empty")
     given = given_sampling(**params)
+    ids, templated = _ids(model, prompt, raw, max_context)
     with open_engine(model, devices, max_memory, max_context, cache_bits) as engine:
         chosen = sampling(engine, given)
-        if not raw and engine.tokenizer.template is None:
-            raw = True
+        if not raw and not templated:
             note("the model has no chat template: it continues the prompt as text")
-        job = engine.submit(prompt if raw else [{"role": "user", "content": prompt}], chosen)
+        job = engine.submit(ids, chosen)
         for delta in engine.follow(job):
             if not as_json:
                 click.echo(delta.text, nl=False)
@@ -45,6 +45,23 @@ def command(
         click.echo(json.dumps(answer_json(answer, model, prompt), ensure_ascii=False))
     else:
         click.echo()
+
+
+def _ids(model: str, prompt: str, raw: bool, max_context: int | None) -> tuple[list[int], bool]:
+    """The prompt's ids, and whether the chat template was used. Needs no weights: a prompt that is longer than the
+    context is refused (UserError) before they are loaded."""
+    from klquant.calibrate.tokenizer import load_tokenizer
+    from klquant.checkpoint.hub import resolve_model
+    from klquant.checkpoint.index import read_config
+    from klquant.engine.engine import encode
+    from klquant.engine.limits import Limits
+
+    folder = resolve_model(model, weights=False)
+    config, tokenizer = read_config(folder)[1], load_tokenizer(folder)
+    templated = not raw and tokenizer.template is not None
+    ids = encode([{"role": "user", "content": prompt}] if templated else prompt, tokenizer, config)
+    Limits(max_context).of(config).room(len(ids), config)
+    return ids, templated
 
 
 def answer_json(answer, model: str, prompt: str) -> dict:

@@ -3,6 +3,7 @@
 A command's module is imported when the command runs, so that `--help` and `--version` answer at once.
 """
 
+import errno
 import importlib
 
 import click
@@ -55,6 +56,13 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except UserError as e:
             raise Failure(f"error: {e}", 2) from e
+        except click.UsageError as e:
+            help_for = f" (see {e.ctx.command_path} --help)" if e.ctx else ""
+            raise Failure(f"error: {e.format_message().removesuffix('.')}{help_for}", 2) from e
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            raise Failure(f"error: {e.filename or 'output'}: no space left; free disk space", 2) from e
         except KeyboardInterrupt as e:
             raise Failure("interrupted", 130) from e
 

@@ -21,7 +21,7 @@ _DEFAULT = EvalOptions()
               help="Take parts from this quantized checkpoint of MODEL instead.")  # fmt: skip
 @click.option("--by", type=click.Choice(get_args(By)), default="class", show_default=True, help="What a part is.")
 @click.option("--minutes", type=click.FloatRange(0), metavar="N",
-              help="Begin no part that would not end within N minutes.  [default: all parts]")  # fmt: skip
+              help="Begin no part that would not end within N minutes; one at least.  [default: all]")  # fmt: skip
 @click.option("--data", multiple=True, default=(_DEFAULT.data,), show_default=True,
               help="Text files, folders of them, or a mix; each file is a domain. Can be repeated.")  # fmt: skip
 @click.option("--windows", type=click.IntRange(1), default=_DEFAULT.windows, show_default=True,

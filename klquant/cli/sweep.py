@@ -130,6 +130,8 @@ class Sweep:
         self._claim()
         self._require_room(plans)
         screen, results, others = console(), [], baselines(QuantizedReader(self.reader, None), plans, methods)
+        for method in sorted(set(methods) - {baseline.method for baseline in others}):
+            screen.print(f"no baseline {method}: a recipe of this sweep is that already")
         count = len(plans) + len(others)
         for number, plan in enumerate(plans, 1):
             screen.rule(f"{plan.recipe.name}, {number} of {count}", align="left", style="dim")
@@ -186,7 +188,8 @@ class Sweep:
             return evaluate(self.model, None, file, self.judging, bar, baseline)
 
     def _claim(self) -> None:
-        """Make the folder, or find it as it was left. Raises UserError when it is another sweep's."""
+        """Make the folder, or find it as it was left. Raises UserError when it is another sweep's, or a checkpoint."""
+        from klquant.checkpoint.index import CONFIG
         from klquant.checkpoint.writer import write_json
 
         ours = {
@@ -195,6 +198,8 @@ class Sweep:
             "device": self.making.device.partition(":")[0],
         }  # fmt: skip
         file = self.out / SETTINGS
+        if (self.out / CONFIG).exists():
+            raise UserError(f"{self.out}: is a checkpoint; choose another folder for the sweep")
         try:
             for part in (MODELS, RESULTS):
                 (self.out / part).mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ from klquant.errors import UserError
 
 def pick_device(name: str) -> torch.device:
     """`cpu`, `cuda` or `cuda:N`. Raises UserError when there is no such device."""
+    if name == "cpu":
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -15,7 +17,7 @@ def pick_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise UserError(f"device {name}: {count} CUDA device(s) found here; use cpu, or check the driver")
-    elif device.type != "cpu":
+    else:
         raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N")
     return device
 

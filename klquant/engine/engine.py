@@ -11,6 +11,7 @@ import torch
 
 from klquant.calibrate.chat import Message
 from klquant.calibrate.tokenizer import Tokenizer, load_tokenizer
+from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.engine.job import Job
 from klquant.engine.limits import Limits
@@ -65,7 +66,7 @@ class Engine:
         Raises UserError for a damaged or unsupported checkpoint, an unknown device, and when it does not fit: with what
         is missing and what would fit.
         """
-        found = find_devices(devices or default_devices(), max_memory)
+        found = find_devices(default_devices() if devices is None else devices, max_memory)
         reader = QuantizedReader.open(Path(folder))
         room = Limits(**limits).of(reader.config)
         tokenizer = load_tokenizer(folder)
@@ -171,33 +172,31 @@ class Engine:
 
         Raises UserError when it is empty, or an id is outside the vocabulary.
         """
-        if isinstance(prompt, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if prompt else []
-        if prompt and isinstance(prompt[0], dict):
-            ids = self.tokenizer.apply_chat(prompt, generation_prompt=True)
-            return ids if self.tokenizer.template else [self.tokenizer.bos_id, *ids]
-        wrong = [i for i in prompt if not 0 <= i < self.cfg.vocab_size]
-        if wrong:
-            raise UserError(f"token id {wrong[0]} is outside the model's vocabulary of {self.cfg.vocab_size}")
-        return list(prompt)
+        return encode(prompt, self.tokenizer, self.cfg)
 
     def _job(
         self, tokens: Sequence[int], params: SamplingParams | None, scheduled: Scheduled | None = None
     ) -> Job:  # fmt: skip
         params = (params or self.defaults).with_seed()
-        if not tokens:
-            raise UserError("the prompt is empty")
-        room = self.limits.max_context - len(tokens)
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(tokens):,} tokens, which fills the context of {self.limits.max_context:,}; "
-                "shorten it, or load the model with a larger max_context"
-            )
+        room = self.limits.room(len(tokens), self.cfg)
         new = min(room, params.max_new_tokens)
         scheduled = scheduled or Scheduled(0, 0)
         scheduled.prompt, scheduled.most = len(tokens), len(tokens) + new - 1
         limit = "length" if new == params.max_new_tokens else "context"
         return Job(scheduled, tokens, params, limit, self.tokenizer.decode, self._ends)
+
+
+def encode(prompt: Prompt, tokenizer: Tokenizer, cfg: KimiLinearConfig) -> list[int]:
+    """`Engine.encode`, before there is an engine."""
+    if isinstance(prompt, str):
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)] if prompt else []
+    if prompt and isinstance(prompt[0], dict):
+        ids = tokenizer.apply_chat(prompt, generation_prompt=True)
+        return ids if tokenizer.template else [tokenizer.bos_id, *ids]
+    wrong = [i for i in prompt if not 0 <= i < cfg.vocab_size]
+    if wrong:
+        raise UserError(f"token id {wrong[0]} is outside the model's vocabulary of {cfg.vocab_size}")
+    return list(prompt)
 
 
 def default_devices() -> str:

@@ -41,6 +41,19 @@ class Limits:
             raise UserError(f"cache_bits is {self.cache_bits}, expected {' or '.join(map(str, CACHE_BITS))}")
         return full
 
+    def room(self, prompt: int, cfg: KimiLinearConfig) -> int:
+        """How many tokens an answer to a prompt of so many may have. Raises UserError when there is none to answer,
+        or none left."""
+        if not prompt:
+            raise UserError("the prompt is empty")
+        if prompt >= self.max_context:
+            more = f", or raise max_context (the model's limit is {cfg.max_context:,})"
+            raise UserError(
+                f"the prompt has {prompt:,} tokens, which fills the context of {self.max_context:,}; shorten it"
+                f"{more if self.max_context < cfg.max_context else ''}"
+            )
+        return self.max_context - prompt
+
     @property
     def pages(self) -> int:
         return -(-self.cache_tokens // PAGE_SIZE)

@@ -19,6 +19,12 @@ from klquant.engine.sizes import Outline, held_sizes
 from klquant.engine.weights import EngineWeights
 from klquant.errors import UserError
 
+# Sizes that are the extent of a block in a Triton kernel.
+_BLOCKS = {
+    "linear_attn_config.head_dim": "kda_dim", "kv_lora_rank": "kv_rank", "qk_rope_head_dim": "qk_rope_dim",
+    "qk_nope_head_dim": "qk_nope_dim", "v_head_dim": "v_dim",
+}  # fmt: skip
+LEAST_BLOCK = 16  # of a product on tensor cores
 # Threads that read files: what they wait for is the page cache or a disk.
 READERS = min(8, os.cpu_count() or 1)
 
@@ -35,7 +41,10 @@ def place(
     outline: Outline, devices: Mapping[torch.device, int], dtype: torch.dtype, *, context: int, sequences: int = 1,
     cache_bits: int = 16,
 ) -> Placement:  # fmt: skip
-    """Where a model goes (`plan_placement`). On a CPU weights are plain tensors of `dtype` if they fit so."""
+    """Where a model goes (`plan_placement`). On a CPU weights are plain tensors of `dtype` if they fit so.
+
+    Raises UserError as well where the model has sizes that the kernels of a GPU cannot serve.
+    """
     options = {"context": context, "sequences": sequences, "cache_bits": cache_bits, "activation_bytes": dtype.itemsize}
     if CPU in devices:
         try:
@@ -43,7 +52,20 @@ def place(
             return plan_placement(outline.config, sizes, devices, packed=False, **options)
         except UserError:  # unpacked it does not fit; packed it is slower still, and may
             pass
+    else:
+        _require_kernels(outline.config)
     return plan_placement(outline.config, held_sizes(outline, dtype), devices, **options)
+
+
+def _require_kernels(config: KimiLinearConfig) -> None:
+    """The gate's rank is KDA's head size in this architecture, and needs no check of its own."""
+    for key, name in _BLOCKS.items():
+        size = getattr(config, name)
+        if size < LEAST_BLOCK or size & (size - 1):
+            raise UserError(
+                f"config.json: {key} is {size}; klquant's GPU kernels take powers of two from {LEAST_BLOCK} on; "
+                "use --devices cpu"
+            )
 
 
 def load_weights(

@@ -15,7 +15,7 @@ from klquant.calibrate.tokenizer import Tokenizer, load_tokenizer
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.writer import write_json
 from klquant.errors import UserError
-from klquant.evaluate.baselines import BaselineModel
+from klquant.evaluate.baselines import BaselineModel, require_16_bits
 from klquant.evaluate.options import EvalOptions, Silent, StoreKind, Watcher
 from klquant.evaluate.passes import DTYPES, Passes
 from klquant.evaluate.quantization import calibrated_on, quantization
@@ -48,6 +48,8 @@ def evaluate(
     device = torch.device(options.device)
     if baseline is None:
         ours, theirs = open_model(model), None if against is None else open_model(against)
+        if theirs is not None:
+            require_16_bits(theirs)
         source, checkpoint = DeviceSource(ours, device), describe(ours, model)
         made, notes = made_of(ours)
     else:

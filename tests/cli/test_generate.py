@@ -61,6 +61,9 @@ def test_a_chat_template_is_used_unless_raw(tmp_path):
         ([DEMO, "x" * 300, "--devices", "cpu", "--max-context", 64], "tokens, which fills the context of 64"),
         ([DEMO, "x", "--devices", "cpu", "--max-context", 5000], "beyond the model's own limit of 4,096"),
         ([DEMO, "x", "--devices", "cpu", "--max-memory", "cpu=100MB"], "GiB are missing"),
+        ([DEMO, "x", "--devices", ""], "unknown device ''"),
+        ([DEMO, "x", "--devices", "cpu:3"], "unknown device 'cpu:3'"),
+        ([DEMO, "x", "--max-memory", "cpu=1GB,cpu=2GB"], "names a device twice"),
         ([DEMO, "x", "--top-p", 2], "top_p is 2.0, expected above 0 and at most 1"),
     ],
 )
@@ -68,6 +71,15 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(args, message):
     done = run("generate", *args)
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert done.exit_code == 2 and len(errors) == 1 and message in errors[0] and not done.stdout
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr("klquant.engine.engine.load_weights", lambda *_: pytest.fail("weights were read"))
+    done = run("generate", DEMO, "x " * 9000, "--devices", "cpu")
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.endswith("which fills the context of 4,096; shorten it\n")
+    shorter = run("generate", DEMO, "x " * 90, "--devices", "cpu", "--max-context", 64)
+    assert "or raise max_context (the model's limit is 4,096)" in shorter.stderr
 
 
 def test_logits_that_are_no_numbers_are_an_error(tmp_path):

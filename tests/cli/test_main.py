@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 import types
@@ -54,9 +55,22 @@ def test_a_bug_keeps_its_traceback(fail):
     assert isinstance(run("fail").exception, ZeroDivisionError)
 
 
-def test_an_unknown_command_is_refused():
-    result = run("plam")
-    assert result.exit_code == 2 and "No such command 'plam'" in result.stderr
+def test_a_full_disk_is_one_line_and_exit_2(fail):
+    fail(OSError(errno.ENOSPC, "No space left on device", "result.json"))
+    result = run("fail")
+    assert (result.exit_code, result.stderr) == (2, "klquant: error: result.json: no space left; free disk space\n")
+    fail(OSError(errno.EIO, "Input/output error"))
+    assert isinstance(run("fail").exception, OSError)
+
+
+def test_a_wrong_command_line_is_one_line_that_names_the_help(fail):
+    unknown = run("plam")
+    assert unknown.exit_code == 2
+    assert unknown.stderr.startswith("klquant: error: No such command 'plam'") and unknown.stderr.count("\n") == 1
+    fail(UserError("unused"))
+    wrong = run("fail", "--what")
+    assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1
+    assert "No such option" in wrong.stderr and "(see klquant fail --help)" in wrong.stderr
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))

@@ -163,6 +163,18 @@ def test_a_folder_of_another_sweep_is_refused_by_what_differs(sweep, undrawn, re
         assert done.exit_code == 2 and f"a sweep with other {what} is there" in done.stderr
 
 
+def test_a_checkpoint_is_no_folder_for_a_sweep(sweep, recipes, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = sweep(tmp_path, recipes[:1])
+    assert done.exit_code == 2 and "is a checkpoint" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_baseline_that_a_recipe_is_already_is_said(sweep, undrawn, recipes, tmp_path):
+    done = sweep(tmp_path, recipes[:1], "--baselines", "rtn")
+    assert done.exit_code == 0 and "no baseline rtn" in done.stdout
+
+
 def test_a_changed_recipe_is_refused_while_its_old_checkpoint_is_there(sweep, undrawn, recipes, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text(recipe_text(ROUND))

@@ -1,12 +1,14 @@
 """Checkpoints of every kind that is read: the same values packed, unpacked and in the plain model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from klquant.checkpoint.names import expected_tensors
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.engine.load import load_weights, place
 from klquant.engine.request import SamplingParams
@@ -182,6 +184,31 @@ def test_too_little_memory_for_unpacked_weights_keeps_them_packed(tmp_path):
     share = most.shares[0]
     room = share.total - share.weights + (share.weights + least) // 2
     assert place(outline, {CPU: room}, torch.float32, context=64).packed
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "key"),
+    [
+        ("kda_dim", 48, "linear_attn_config.head_dim"),
+        ("kv_rank", 96, "kv_lora_rank"),
+        ("qk_rope_dim", 8, "qk_rope_head_dim"),
+        ("qk_nope_dim", 96, "qk_nope_head_dim"),
+        ("v_dim", 80, "v_head_dim"),
+    ],
+)
+def test_sizes_that_no_kernel_serves_are_refused_on_a_gpu_and_run_on_a_cpu(field, size, key):
+    card = {torch.device("cuda", 0): 1 << 40}
+    config = QuantizedReader.open(DEMO).config
+    assert place(Outline(config, _plain(config)), card, torch.bfloat16, context=64).layers
+    odd = replace(config, **{field: size})
+    with pytest.raises(UserError, match=rf"{key} is {size}; .* use --devices cpu"):
+        place(Outline(odd, _plain(odd)), card, torch.bfloat16, context=64)
+    assert place(Outline(odd, _plain(odd)), {CPU: 1 << 40}, torch.float32, context=64).layers
+
+
+def _plain(config) -> dict[str, None]:
+    """Everything in 16 bits."""
+    return {name.removesuffix(".weight"): None for name in expected_tensors(config)}
 
 
 def damage(folder: Path, part: str, change) -> str:

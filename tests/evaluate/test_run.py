@@ -12,6 +12,7 @@ from klquant.errors import UserError
 from klquant.evaluate import trace
 from klquant.evaluate.options import Silent
 from klquant.evaluate.run import UNFINISHED, evaluate
+from tests.checkpoint.build import quantized_checkpoint
 from tests.evaluate.conftest import WINDOW
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
@@ -224,3 +225,10 @@ def test_window_files_hold_what_they_say(variant, tiny, options, tmp_path):
     }  # fmt: skip
     assert window["store.logp"].exp().sum(-1).sub(1).abs().max() < 1e-2
     assert window["experts"].dtype == torch.int16
+
+
+def test_a_quantized_reference_is_refused(tiny, options, tmp_path):
+    quantized_checkpoint(tmp_path / "quantized", tiny_config())
+    with pytest.raises(UserError, match="is quantized already; give the 16-bit checkpoint"):
+        evaluate(tiny, tmp_path / "quantized", tmp_path / "r.json", options)
+    assert not (tmp_path / "r.json").exists()
