@@ -69,7 +69,7 @@ def main(folder, layers, windows, window, gpu_memory, device, small):
     device = torch.device(device)
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_per_process_memory_fraction(gpu_memory * GIB / torch.cuda.mem_get_info(device)[1], device)
+        torch.cuda.set_per_process_memory_fraction(gpu_memory * GIB / torch.cuda.mem_get_info(device)[1], device.index)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device) if cuda else 'CPU'}", flush=True)
     began = time.perf_counter()
     nbytes = write_checkpoint(folder / f"model-{layers}", make_config(layers, small), device)
