@@ -21,12 +21,6 @@ from klquant.kernels.moe.grouping import group
 
 
 @triton.jit
-def _of(pointer, expert, stride):
-    """`pointer` to what one expert has, or None."""
-    return pointer + expert.to(tl.int64) * stride if pointer is not None else None
-
-
-@triton.jit
 def route_gate_up_kernel(
     x, x_stride, expert, words, high, scale, zero, bricks, groups, words_stride, scale_stride, h, inner,
     shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups, shared_h, shared_inner,
@@ -50,10 +44,13 @@ def route_gate_up_kernel(
         tiles = inner // (BN // 2)
         route = (program - shared_tiles) // tiles
         tile = (program - shared_tiles) % tiles
-        e = tl.load(expert + route)
+        # Where the expert begins. No function returns these pointers: before Triton 3.7 none can return None.
+        e = tl.load(expert + route).to(tl.int64)
+        w, s = e * words_stride, e * scale_stride
         acc = tile_product(
-            x + (route // top) * x_stride + tl.zeros([BM], tl.int32), m < 1, _of(words, e, words_stride),
-            _of(high, e, words_stride), _of(scale, e, scale_stride), _of(zero, e, scale_stride), tile * BN, bricks,
+            x + (route // top) * x_stride + tl.zeros([BM], tl.int32), m < 1, words + w,
+            high + w if high is not None else None, scale + s if scale is not None else None,
+            zero + s if zero is not None else None, tile * BN, bricks,
             groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
         at = route * inner + tile * (BN // 2) + n[:, None] + m[None, :]
@@ -144,9 +141,11 @@ def grouped_kernel(
         m = tl.load(tiles + tile * 3 + 1) + tl.arange(0, BM)
         exists = m < tl.load(tiles + tile * 3 + 2)
         source = tl.load(order + m, mask=exists, other=0) // top if GATED else m
+        w, s = e.to(tl.int64) * words_stride, e.to(tl.int64) * scale_stride
         acc = tile_product(
-            x + source.to(tl.int64) * x_stride, exists, _of(words, e, words_stride), _of(high, e, words_stride),
-            _of(scale, e, scale_stride), _of(zero, e, scale_stride), tl.program_id(0) * BN, bricks, groups,
+            x + source.to(tl.int64) * x_stride, exists, words + w, high + w if high is not None else None,
+            scale + s if scale is not None else None, zero + s if zero is not None else None,
+            tl.program_id(0) * BN, bricks, groups,
             BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
         if GATED:
