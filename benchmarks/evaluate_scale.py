@@ -1,6 +1,6 @@
 """How fast one machine evaluates Kimi-Linear-48B layer by layer, without its checkpoint.
 
-    python -m benchmarks.evaluate_scale FOLDER       # 9 layers at full width, 128 × 2,048 tokens, 20 GiB; 32 GB of disk
+    python -m benchmarks.evaluate_scale FOLDER       # 9 layers at full width, 128 × 2,048 tokens, 20 GiB; 9 GB of disk
 
 A checkpoint of noise, the first layers of the 48B, is written into FOLDER (or found there) and passed as `klquant eval`
 passes a reference that does not fit: a layer read, all windows of a round through it, the next one; then head, top
@@ -16,7 +16,7 @@ import click
 import torch
 
 from benchmarks.quantize_scale import GIB, HostPeak
-from benchmarks.synthetic import kind_of, make_config, write_checkpoint
+from benchmarks.synthetic import bytes_of, kind_of, make_config, open_checkpoint
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.evaluate import trace
@@ -69,13 +69,16 @@ def main(folder, layers, windows, window, gpu_memory, device, small):
     device = torch.device(device)
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_per_process_memory_fraction(gpu_memory * GIB / torch.cuda.mem_get_info(device)[1], device)
+        torch.cuda.set_per_process_memory_fraction(gpu_memory * GIB / torch.cuda.mem_get_info(device)[1], device.index)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device) if cuda else 'CPU'}", flush=True)
     began = time.perf_counter()
-    nbytes = write_checkpoint(folder / f"model-{layers}", make_config(layers, small), device)
-    print(f"checkpoint of {nbytes / 1e9:.1f} GB made in {time.perf_counter() - began:.0f} s", flush=True)
+    files = open_checkpoint(folder / ("small" if small else "model"), make_config(layers, small), device, small)
+    nbytes, stored = (n / 1e9 for n in bytes_of(files.tensors))
+    print(
+        f"checkpoint of {nbytes:.1f} GB ({stored:.1f} GB on the disk), {time.perf_counter() - began:.0f} s", flush=True
+    )
     whole = KimiLinearConfig.from_dict(make_config(None, small), "48b")
-    reader = QuantizedReader.open(folder / f"model-{layers}")
+    reader = QuantizedReader(files, None)
     runner = TimedRunner(DeviceSource(reader, device), torch.bfloat16 if cuda else torch.float32, device)
     runner.resident = False  # as the whole model would be read
     runner.reading, runner.passing = defaultdict(float), defaultdict(float)

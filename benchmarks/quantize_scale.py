@@ -1,10 +1,11 @@
 """How long one machine takes to quantize Kimi-Linear-48B, without its checkpoint.
 
-    python -m benchmarks.quantize_scale FOLDER       # 9 layers at full width, 512 × 2,048 tokens, 24 GiB; 65 GB on disk
+    python -m benchmarks.quantize_scale FOLDER       # 9 layers at full width, 512 × 2,048 tokens, 24 GiB; 38 GB on disk
 
 Kernels beside the plain functions at the experts' real shapes (right, then fast); then a checkpoint of noise, the first
 layers of the 48B, is written into FOLDER and quantized by the pipeline itself, from files to files: seconds by phase
-and kind of layer, peak memory, bytes, and what follows for 27 layers.
+and kind of layer, peak memory, bytes, and what follows for 27 layers. Layers of a kind share their bytes on the disk
+(9 GB in all) and each reads them from there, past the page cache.
 """
 
 import re
@@ -21,7 +22,7 @@ import click
 import torch
 
 from benchmarks.quantize_kernels import compare, compare_grouped
-from benchmarks.synthetic import kind_of, make_config, noise_text, write_checkpoint
+from benchmarks.synthetic import bytes_of, kind_of, make_config, noise_text, open_checkpoint
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.core.memory import free_memory
@@ -32,6 +33,7 @@ from klquant.recipe.plan import Plan, make_plan
 from klquant.recipe.schema import load_recipe
 
 GIB = 1 << 30
+COMPARED = 64  # experts at once in the comparison of kernels; the plain functions take seconds for each step
 
 
 class Clock(Silent):
@@ -132,7 +134,9 @@ class Result:
 
     def __init__(self, recipe: str, clock: Clock, seconds: float, host: int, device: torch.device, provenance: dict):
         self.recipe, self.clock, self.seconds, self.host = recipe, clock, seconds, host
-        self.card = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+        cuda = device.type == "cuda"
+        self.used = torch.cuda.max_memory_allocated(device) if cuda else 0
+        self.card = torch.cuda.max_memory_reserved(device) if cuda else 0
         self.hashes = {file: shard["sha256"] for file, shard in provenance["shards"].items()}
 
     def by_kind(self, config: KimiLinearConfig) -> dict[str, dict[str, float]]:
@@ -162,7 +166,8 @@ class Result:
             f"{self.recipe}: {self.seconds:.1f} s in all, {layers:.1f} s in {config.num_layers} layers; stood still "
             f"{traffic.read_wait:.1f} s for reading, {traffic.write_wait:.1f} s for writing",
             f"  {traffic.read / 1e9:.1f} GB read, {traffic.written / 1e9:.1f} GB written; peaks: "
-            f"{self.card / GIB:.2f} GiB on the card (torch, reserved), {self.host / 1e9:.2f} GB on the host",
+            f"{self.used / GIB:.2f} GiB in use and {self.card / GIB:.2f} GiB reserved on the card (torch), "
+            f"{self.host / 1e9:.2f} GB on the host",
             f"  EXTRAPOLATED to {whole.num_layers} layers: {total:.0f} s = {total / 60:.1f} min ({parts})",
             *(f"  fallback: {line}" for line in self.clock.fallbacks[:3]),
         ]
@@ -199,13 +204,15 @@ def main(folder, layers, windows, window, recipes, gpu_memory, cpu_memory, kerne
     if kernels and cuda and not small:
         gen = torch.Generator(first).manual_seed(0)
         summary += compare_grouped(whole, gen)
-        for shape in ((whole.num_experts, 2048, 2304), (whole.num_experts, 2304, 1024)):
+        for shape in ((COMPARED, 2048, 2304), (COMPARED, 2304, 1024)):
             print(compare(*shape, gen), flush=True)
+        torch.cuda.empty_cache()
     if layers:
         raw, began = make_config(layers, small), time.perf_counter()
-        nbytes = write_checkpoint(folder / f"model-{layers}", raw, first)
-        print(f"checkpoint of {nbytes / 1e9:.1f} GB made in {time.perf_counter() - began:.0f} s", flush=True)
-        reader = CheckpointReader.open(folder / f"model-{layers}")
+        reader = open_checkpoint(folder / ("small" if small else "model"), raw, first, small)
+        nbytes, stored = (n / 1e9 for n in bytes_of(reader.tensors))
+        print(f"checkpoint of {nbytes:.1f} GB ({stored:.1f} GB on the disk), {time.perf_counter() - began:.0f} s; "
+              f"{shutil.disk_usage(folder).free / 1e9:.0f} GB of disk free", flush=True)  # fmt: skip
         limits = Limits(gpu=int(gpu_memory * GIB), cpu=None if cpu_memory is None else int(cpu_memory * 1e9))
         options, names = RunOptions(device=device, limits=limits), recipes.split(",")
         hashes = {}

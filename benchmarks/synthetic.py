@@ -1,6 +1,8 @@
 """A checkpoint of noise in the shape of Kimi-Linear-48B, its first layers or all, and token windows of noise."""
 
 import json
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,13 +12,17 @@ import klquant
 from klquant.calibrate.text import Calibration
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.dtypes import DTYPES
+from klquant.checkpoint.header import TensorInfo
 from klquant.checkpoint.index import CONFIG
 from klquant.checkpoint.names import expected_tensors, parse_name
+from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.writer import layer_units, plan_shards, write_index, write_json, write_safetensors
 from klquant.pipeline.text import Text
 
 KIMI_48B = Path(klquant.__file__).parent / "engine" / "configs" / "kimi-linear-48b.json"
 SHARD_BYTES = 5_000_000_000
+# The first layer of each kind.
+KINDS = {"dense": 0, "kda": 1, "mla": 3}
 # Narrow, with few experts and a small vocabulary: to try a benchmark out.
 SMALL = {
     "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "num_experts": 32, "vocab_size": 512,
@@ -42,21 +48,67 @@ def kind_of(config: KimiLinearConfig, layer: int) -> str:
     return "mla" if config.is_mla(layer) else "kda" if config.is_moe(layer) else "dense"
 
 
-def write_checkpoint(folder: Path, raw: dict, device: torch.device) -> int:
-    """Write a hub-format checkpoint made on `device`; returns its bytes. One that lies there already is left."""
-    config = KimiLinearConfig.from_dict(raw, "synthetic")
-    shapes = expected_tensors(config)
-    sizes = {name: shape.numel() * _dtype(name).itemsize for name, shape in _sized(shapes)}
+@dataclass(frozen=True)
+class ColdReader(CheckpointReader):
+    """What was read is dropped from the page cache: 98 GB do not stay there, and a few layers read again would."""
+
+    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+        tensor, info = super().read(name, out=out), self.info(name)
+        drop_cached(info.shard, info.offset, info.nbytes)
+        return tensor
+
+
+def drop_cached(file: Path, offset: int = 0, nbytes: int = 0) -> None:
+    """Let the system forget part of a file that is on the disk (all of it with `nbytes` 0)."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
+def open_checkpoint(folder: Path, raw: dict, device: torch.device, small: bool = False) -> ColdReader:
+    """A hub-format checkpoint with the config `raw`, of noise made on `device`; what lies in `folder` already is used.
+
+    On the disk there is one layer of each kind, which every layer of that kind reads its own tensors from.
+    """
     if not (folder / CONFIG).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        gen = torch.Generator(device).manual_seed(0)
-        shards = plan_shards(layer_units(sizes), SHARD_BYTES)
-        for shard in shards:
-            tensors = {name: noise(name, shapes[name], config, device, gen) for name in shard.names}
-            write_safetensors(folder / shard.file, tensors, {"format": "pt"})
-        write_index(folder, shards, sizes)
-        write_json(folder / CONFIG, raw)
-    return sum(sizes.values())
+        _write_kinds(folder, make_config(max(KINDS.values()) + 1, small), device)
+    stored, config = CheckpointReader.open(folder), KimiLinearConfig.from_dict(raw, "synthetic")
+    tensors = {}
+    for name in expected_tensors(config):
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(KINDS[kind_of(config, int(parts[2]))])
+        tensors[name] = replace(stored.info(".".join(parts)), name=name)
+    for file in sorted({info.shard for info in tensors.values()}):
+        drop_cached(file)
+    return ColdReader(folder, raw, config, tensors, stored.header_hash)
+
+
+def bytes_of(tensors: dict[str, TensorInfo]) -> tuple[int, int]:
+    """Bytes of a checkpoint as it is read, and on the disk."""
+    places = {(info.shard, info.offset): info.nbytes for info in tensors.values()}
+    return sum(info.nbytes for info in tensors.values()), sum(places.values())
+
+
+def _write_kinds(folder: Path, raw: dict, device: torch.device) -> None:
+    config = KimiLinearConfig.from_dict(raw, "synthetic")
+    kept = {str(layer) for layer in KINDS.values()}
+    shapes = {
+        name: shape
+        for name, shape in expected_tensors(config).items()
+        if not name.startswith("model.layers.") or name.split(".")[2] in kept
+    }
+    sizes = {name: torch.Size(shape).numel() * _dtype(name).itemsize for name, shape in shapes.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    gen = torch.Generator(device).manual_seed(0)
+    shards = plan_shards(layer_units(sizes), SHARD_BYTES)
+    for shard in shards:
+        tensors = {name: noise(name, shapes[name], config, device, gen) for name in shard.names}
+        write_safetensors(folder / shard.file, tensors, {"format": "pt"})
+    write_index(folder, shards, sizes)
+    write_json(folder / CONFIG, raw)
 
 
 def noise(
@@ -71,7 +123,7 @@ def noise(
         value = 0.05 * value
     elif role not in ("A_log", "dt_bias", "embed_tokens"):
         value = value * shape[-1] ** -0.5
-    return value.to("cpu", _dtype(name))
+    return value.to(_dtype(name)).cpu()  # in one step a GPU would hand out FP32
 
 
 def noise_text(config: KimiLinearConfig, windows: int, length: int) -> Text:
@@ -79,10 +131,6 @@ def noise_text(config: KimiLinearConfig, windows: int, length: int) -> Text:
     ids = torch.randint(config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
     calibration = Calibration(ids, torch.zeros(windows, dtype=torch.int64), (), f"noise {windows}", ())
     return Text("noise", calibration, None, windows)
-
-
-def _sized(shapes: dict[str, tuple[int, ...]]):
-    return ((name, torch.Size(shape)) for name, shape in shapes.items())
 
 
 def _dtype(name: str) -> torch.dtype:

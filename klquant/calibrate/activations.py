@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from threading import Condition
 
@@ -128,7 +129,8 @@ def feed(
 ) -> Iterator[tuple[int, list[Tensor | None]]]:
     """First window and slices of up to `size` windows of each source, on the device.
 
-    While one slice is worked on, the next is on its way to a GPU: write no window that was not handed out yet.
+    While one slice is worked on, the next is on its way to a GPU: write no window that was not handed out yet. At most
+    three slices of a source take memory there, however far the host is ahead of the GPU.
     """
     total = len(next(source for source in sources if source is not None))
 
@@ -140,8 +142,8 @@ def feed(
         for start in starts:
             yield start, fetch(start)
         return
-    side = torch.cuda.Stream(device)
-    coming = None
+    side = _side_stream(device)
+    coming = before = None
     for start, following in zip(starts, [*starts[1:], None], strict=True):
         if coming is None:
             with torch.cuda.stream(side):
@@ -151,7 +153,16 @@ def feed(
         for x in slices:
             if x is not None:
                 x.record_stream(here)
+        if before is not None:
+            before.synchronize()  # the slice before the last is done with
+        before = here.record_event()
         if following is not None:
             with torch.cuda.stream(side):
                 coming = fetch(following)
         yield start, slices
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a card's copies. One for good: what is freed on a stream serves that stream alone."""
+    return torch.cuda.Stream(device)

@@ -263,7 +263,7 @@ class LayerWalk:
             x_star = gap = None
             if reference is not None:
                 x_star, base_star = stage(walk.exact, reference)
-                gap = (base_star.float() - base.float()).flatten(0, 1)
+                gap = (base_star - base).flatten(0, 1)
                 streams.reference.write(start, base_star + x_star @ get(walk.exact, path).T)
                 x_star = x_star.flatten(0, 1)
             if wanted:

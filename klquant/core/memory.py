@@ -1,6 +1,7 @@
 """How much memory there is, and host memory that a GPU copies at full speed."""
 
 import os
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ def free_memory(device: torch.device | None = None) -> int:
         taken = torch.cuda.memory_allocated(device)
         # What the allocator holds unused is free to this process; what it may not exceed is not.
         free += torch.cuda.memory_reserved(device) - taken
-        return min(free, int(torch.cuda.get_per_process_memory_fraction(device) * total) - taken)
+        # By index: torch takes no `cuda` without a number here, but None for the current one.
+        return min(free, int(torch.cuda.get_per_process_memory_fraction(device.index) * total) - taken)
     try:
         with open("/proc/meminfo") as file:
             rows = dict(line.split(":") for line in file)
@@ -32,7 +34,12 @@ def pin(tensor: Tensor) -> bool:
 
     `torch.empty(pin_memory=True)` would round large sizes up to a power of two.
     """
-    return int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
+    done = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
+    if not done:
+        # CUDA keeps the refusal, and the next launch would report it as its own: let one that does not matter do so.
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")
+    return done
 
 
 def unpin(tensor: Tensor) -> None:

@@ -60,7 +60,7 @@ def limit_devices(settings: WalkSettings, limits: Limits) -> None:
         room = limits.gpu - CONTEXT
         if room <= 0:
             raise UserError(f"--max-gpu-memory {limits.gpu / 1e9:.1f} GB: CUDA itself takes {CONTEXT / 1e9:.1f} GB")
-        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total_memory(device)), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total_memory(device)), device.index)
 
 
 def place(

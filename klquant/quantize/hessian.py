@@ -53,7 +53,7 @@ class Moments:
         weighted = x if weight_T is None else x * weight_T.float().unsqueeze(-1)
         _accumulate(self.hh[at], weighted, x)
         if self.drift is not None:
-            _accumulate(self.drift[at], (reference_TK.float() - x_TK.float()).to(x.dtype), weighted)
+            _accumulate(self.drift[at], reference_TK.to(x.dtype) - x_TK.to(x.dtype), weighted)
         if self.missing is not None:
             _accumulate(self.missing[at], missing_TN.to(x.dtype), weighted)
         self.weight[at] += x.shape[0] if weight_T is None else weight_T.double().sum()

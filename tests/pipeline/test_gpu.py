@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from klquant.calibrate import experts
+from klquant.calibrate.activations import Activations, feed
 from klquant.checkpoint.verify import verify
 from tests.pipeline.build import RULES, TEXT, Stop, Stopped, recipe, run, weights
 from tests.recipe.build import WIDE
@@ -54,3 +55,17 @@ def test_two_cards_write_the_bytes_of_one(wide, tmp_path, monkeypatch):
     run(wide, tmp_path / "one", CHOSEN, device="cuda:0")
     run(wide, tmp_path / "two", CHOSEN, device="cuda:0,cuda:1")
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
+
+
+def test_slices_do_not_pile_up_before_a_busy_card():
+    device, passes = torch.device("cuda"), 3
+    stream = Activations(16, 512, 4096, torch.bfloat16, pinned=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_stats(device)["active_bytes.all.current"]
+    for _ in range(passes):
+        for _ in feed([stream], range(16), 1, device):
+            torch.cuda._sleep(20_000_000)
+    most = torch.cuda.memory_stats(device)["active_bytes.all.peak"] - before
+    stream.close()
+    assert most <= 3 * stream.nbytes // 16

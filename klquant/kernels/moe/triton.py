@@ -44,13 +44,14 @@ def route_gate_up_kernel(
         tiles = inner // (BN // 2)
         route = (program - shared_tiles) // tiles
         tile = (program - shared_tiles) % tiles
+        # Where the expert begins. No function returns these pointers: before Triton 3.7 none can return None.
         e = tl.load(expert + route).to(tl.int64)
+        w, s = e * words_stride, e * scale_stride
         acc = tile_product(
-            x + (route // top) * x_stride + tl.zeros([BM], tl.int32), m < 1, words + e * words_stride,
-            high + e * words_stride if high is not None else None,
-            scale + e * scale_stride if scale is not None else None,
-            zero + e * scale_stride if zero is not None else None,
-            tile * BN, bricks, groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+            x + (route // top) * x_stride + tl.zeros([BM], tl.int32), m < 1, words + w,
+            high + w if high is not None else None, scale + s if scale is not None else None,
+            zero + s if zero is not None else None, tile * BN, bricks,
+            groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
         at = route * inner + tile * (BN // 2) + n[:, None] + m[None, :]
         tl.store(h + at, gated(acc).to(h.dtype.element_ty), mask=(m < 1)[None, :])
@@ -135,17 +136,17 @@ def grouped_kernel(
     Grid (tiles of rows, tiles of routes).
     """
     tile = tl.program_id(1)
-    e = tl.load(tiles + tile * 3).to(tl.int64)
+    e = tl.load(tiles + tile * 3)
     if e >= 0:
         m = tl.load(tiles + tile * 3 + 1) + tl.arange(0, BM)
         exists = m < tl.load(tiles + tile * 3 + 2)
         source = tl.load(order + m, mask=exists, other=0) // top if GATED else m
+        w, s = e.to(tl.int64) * words_stride, e.to(tl.int64) * scale_stride
         acc = tile_product(
-            x + source.to(tl.int64) * x_stride, exists, words + e * words_stride,
-            high + e * words_stride if high is not None else None,
-            scale + e * scale_stride if scale is not None else None,
-            zero + e * scale_stride if zero is not None else None,
-            tl.program_id(0) * BN, bricks, groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+            x + source.to(tl.int64) * x_stride, exists, words + w, high + w if high is not None else None,
+            scale + s if scale is not None else None, zero + s if zero is not None else None,
+            tl.program_id(0) * BN, bricks, groups,
+            BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
         if GATED:
             acc = gated(acc)

@@ -1,0 +1,53 @@
+"""What torch is asked about a card's memory, on a machine that has none."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from klquant.calibrate.walk import WalkSettings
+from klquant.core.memory import free_memory, pin
+from klquant.pipeline.placement import CONTEXT, Limits, limit_devices
+
+GB = 10**9
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card of 80 GB, 60 of them free, of which this process has 3 reserved and 2 in use; torch checks the devices."""
+    share = {0: 1.0}
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (60 * GB, 80 * GB))
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 2 * GB)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 3 * GB)
+    set_share = lambda fraction, index: share.update({index: fraction})  # noqa: E731
+    monkeypatch.setattr("torch._C._cuda_setMemoryFraction", set_share, raising=False)
+    monkeypatch.setattr("torch._C._cuda_getMemoryFraction", lambda index: share[index], raising=False)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_card_has_what_is_free_and_allowed(card, name):
+    device = torch.device(name)
+    assert free_memory(device) == 61 * GB
+    limit_devices(WalkSettings(device, torch.bfloat16, 32), Limits(gpu=24 * GB + CONTEXT))
+    assert free_memory(device) == pytest.approx(22 * GB, abs=1)
+
+
+@pytest.mark.parametrize("error", [0, 1])
+def test_memory_that_cannot_be_locked_leaves_no_error_behind(monkeypatch, error):
+    """CUDA reports a refused registration again at the next launch."""
+    pending = []
+
+    def register(pointer, size, flags):
+        pending.extend([error] * (error > 0))
+        return error
+
+    def launch(*_, **__):
+        if pending:
+            raise RuntimeError(f"CUDA error {pending.pop()}")
+
+    monkeypatch.setattr("torch.cuda.cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr("torch.ones", launch)
+    assert pin(torch.empty(8)) == (error == 0)
+    assert not pending
