@@ -107,13 +107,19 @@ def test_an_interrupt_before_anything_is_written_says_so(model, small, tmp_path,
     assert (result.exit_code, result.stderr) == (130, "klquant: interrupted: nothing was written\n")
 
 
+def heed_interrupts():
+    """A shell starts what it puts in the background with interrupts ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_real_interrupt_stops_a_real_process(model, small, tmp_path, done):
     """Ctrl-C as the terminal sends it, as soon as the first unit is reported."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "klquant.cli.main", "quantize", model, "-o", out, "--recipe", small]
     command += ["--calib-tokens", "65536"]  # long enough to be interrupted
     with subprocess.Popen(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}) as process:  # fmt: skip
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                          preexec_fn=heed_interrupts) as process:  # fmt: skip
         for line in process.stdout:
             if line.startswith("embedding"):
                 process.send_signal(signal.SIGINT)
