@@ -95,3 +95,8 @@ def test_running_out_of_memory_where_nothing_can_shrink_is_one_line(model, tmp_p
     assert (unfinished(tmp_path / "out") / ".state" / "unit-002.json").exists()
     run(model, tmp_path / "out", resume=True)
     assert digests(tmp_path / "out") == whole_digests
+
+
+def test_a_limit_below_what_cuda_takes_is_refused():
+    with pytest.raises(UserError, match=r"--max-gpu-memory 0\.1 GB: CUDA itself takes"):
+        placement.limit_devices(CARD, Limits(gpu=GB // 10))
