@@ -46,12 +46,12 @@ class Case:
     tiles: tuple[Tile, ...] = ()
 
 
-def random_weight(shape: tuple[int, ...], bits: int) -> Quantized:
-    """Random codes and scales, g128, on the GPU."""
+def random_weight(shape: tuple[int, ...], bits: int, device: str = "cuda") -> Quantized:
+    """Random codes and scales, g128."""
     spec = WeightSpec(bits=bits)
-    codes = torch.randint(spec.qmin, spec.qmax + 1, shape, dtype=torch.int8, device="cuda")
+    codes = torch.randint(spec.qmin, spec.qmax + 1, shape, dtype=torch.int8, device=device)
     groups = (*shape[:-1], spec.groups(shape[-1]))
-    scale = (0.5 + torch.rand(groups, device="cuda")) / (spec.qmax * shape[-1] ** 0.5)
+    scale = (0.5 + torch.rand(groups, device=device)) / (spec.qmax * shape[-1] ** 0.5)
     return Quantized(spec, codes, scale.bfloat16())
 
 
@@ -113,7 +113,7 @@ def check(case: Case) -> float:
         return _check_experts(case, x)
     n, _, gated = SHAPES[case.shape]
     w = linear_weight(case.shape, case.bits)
-    _poison(case.tokens * n)
+    poison(case.tokens * n)
     y = run_linear(case, x, w)
     exact = values(w, torch.float32)
     parts = split_rows(exact, n // 2) if gated else (exact,)
@@ -129,7 +129,7 @@ def check(case: Case) -> float:
 def _check_experts(case: Case, x: Tensor) -> float:
     w = expert_weights(case.bits)
     weight, expert = routing(case.tokens)
-    _poison(case.tokens * TOP * HIDDEN)
+    poison(case.tokens * TOP * HIDDEN)
     y = run_experts(case, x, w, weight, expert)
     if not y.isfinite().all():
         return float("nan")
@@ -142,7 +142,7 @@ def _check_experts(case: Case, x: Tensor) -> float:
     return ((y[some].double() - want).norm() / want.norm()).item()
 
 
-def _poison(values_16: int) -> None:
+def poison(values_16: int) -> None:
     """Leave NaN in the memory that the allocator hands out next."""
     blocks = [torch.full((values_16 // part + 1,), float("nan"), device="cuda").bfloat16() for part in (1, 2, 8)]
     torch.cuda.synchronize()
@@ -183,11 +183,13 @@ def expert_candidates(bits: int, tokens: int) -> list[tuple[Tile, ...]]:
     return list(dict.fromkeys([table, *pairs]))
 
 
-def cases(only: str | None, tokens: tuple[int, ...] | None, sweep: bool) -> list[Case]:
-    """Everything, or the operation and the numbers of tokens asked for."""
+def cases(
+    only: str | None, tokens: tuple[int, ...] | None, sweep: bool, widths: tuple[int, ...] = (8, 4)
+) -> list[Case]:
+    """Everything, or the operation, the numbers of tokens and the bits of linear weights asked for."""
     found = []
     for shape in SHAPES if only != "experts" else ():
-        for bits in (8,) if shape == "head" else (8, 4):
+        for bits in widths if shape != "head" else set(widths) & {8}:
             for m in tokens or TOKENS:
                 if shape != "head" or m <= HEAD_TOKENS:
                     tiles = linear_candidates(shape, bits, m) if sweep else [()]

@@ -1,9 +1,14 @@
 """The benchmarks of whole runs go through, narrow and on a CPU."""
 
+import sys
+
+import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import evaluate_scale, quantize_scale
+from benchmarks import evaluate_scale, kernel_cases, kernel_peers, kernels, quantize_scale
+from benchmarks.kernel_cases import Case
+from benchmarks.kernel_peers import Timed
 from benchmarks.synthetic import bytes_of, make_config, open_checkpoint
 
 
@@ -33,3 +38,58 @@ def test_layers_of_a_kind_share_their_bytes_on_the_disk(tmp_path):
     name = "model.layers.{}.self_attn.q_proj.weight"
     dense, kda, again = (reader.read(name.format(layer)) for layer in (0, 1, 25))
     assert torch.equal(kda, again) and not torch.equal(kda, dense)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("BF16", 4), ("NF4", 4), ("int8pack", 8)])
+def test_a_peer_multiplies_by_the_weight_it_was_given(name, bits):
+    if name == "NF4":
+        pytest.importorskip("bitsandbytes")
+    torch.manual_seed(bits)
+    w = kernel_cases.random_weight((48, 256), bits, "cpu")
+    peer = kernel_peers.PEERS[name][bits](w)
+    x = torch.randn(5, 256).bfloat16()
+    y = peer.run(x, *peer.tensors)
+    assert kernel_peers.product_error(y, x, peer.exact()) < kernels.MOST_ERROR
+    assert (peer.exact().float() - w.decode()).norm() < kernel_peers.MOST_CHANGE * w.decode().norm()
+    assert kernel_peers.product_error(y, x, w.decode().roll(1, 0)) > 0.5
+
+
+def test_a_peer_that_is_absent_or_wrong_has_no_time_but_a_reason(monkeypatch):
+    w = kernel_cases.random_weight((16, 1024), 8, "cpu")
+    tenth = kernel_peers.PEERS["BF16"][8](w)._replace(run=lambda x, w: 1.1 * (x @ w.T))
+    monkeypatch.setitem(sys.modules, "gemlite", None)
+    monkeypatch.setitem(kernel_peers.PEERS, "a tenth off", {8: lambda w: tenth})
+    monkeypatch.setattr(kernel_cases, "inputs", lambda case: torch.randn(case.tokens, 1024).bfloat16())
+    monkeypatch.setattr(kernel_cases, "poison", lambda values: None)
+    monkeypatch.setattr(kernel_peers, "_weight", lambda shape, bits: w)
+    absent, wrong = (kernel_peers.time_peer(name, "shared down", 8, 3) for name in ("gemlite", "a tenth off"))
+    assert absent.us is None and "gemlite" in absent.reason
+    assert wrong.us is None and 0.05 < wrong.error < 0.2 and "off by 0.1" in wrong.reason
+
+
+def test_kernel_table_shows_every_peer_or_why_not():
+    def row(shape: str, bits: int, us: float, **peers: Timed) -> kernels.Row:
+        return kernels.Row(Case(shape, bits, 1), 1e-3, us, 1000.0, 0.5, 0.01, 0.01, peers)
+
+    absent = Timed(reason="ModuleNotFoundError: No module named 'gemlite'")
+    rows = [
+        row("MLA q", 4, 11.0, BF16=Timed(20.0, 2e-3), gemlite=absent),
+        row("MLA q", 8, 21.5, BF16=Timed(20.0, 2e-3), gemlite=absent),
+        row("MLA kv_a", 8, 20.9, BF16=Timed(20.0, 2e-3), gemlite=Timed(22.0, 9e-3)),
+    ]
+    names = ("BF16", "gemlite", "tinygemm")
+    head, first, *_ = kernels.table(rows, names).splitlines()
+    assert all(name in head for name in names)
+    assert first.split()[:8] == ["MLA", "q", "4", "1", "11.0", "20.0", "–", "0.55"]
+    notes = kernels.notes(rows, names)
+    assert "more than 5%: 1 of 3" in notes and "MLA q, 8 bits, M = 1: 1.07" in notes
+    assert "2 cases from MLA q, M = 1: ModuleNotFoundError: No module named 'gemlite'" in notes
+    assert "gemlite: 1 timed, largest error 9.0e-03" in notes and "tinygemm: 0 timed" in notes
+
+
+@pytest.mark.gpu
+def test_peers_on_a_gpu():
+    for name in ("BF16", "tinygemm"):
+        timed = kernel_peers.time_peer(name, "MLA kv_a", 4, 4)
+        assert timed.us and timed.error < kernels.MOST_ERROR, timed
+    assert kernel_peers.time_peer("BF16", kernel_cases.LAYER, 4, 16).us
