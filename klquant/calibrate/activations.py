@@ -10,7 +10,7 @@ from threading import Condition
 import torch
 from torch import Tensor
 
-from klquant.core.memory import pin, unpin
+from klquant.core.memory import own_pages, pin, unpin
 from klquant.errors import UserError
 
 
@@ -59,7 +59,7 @@ class Activations:
         self.path = path
         self.gate = Gate()
         self._row = length * width * dtype.itemsize
-        self._data = None if path else torch.empty(self.shape, dtype=dtype)
+        self._data = None if path else own_pages(self.nbytes).view(dtype).view(self.shape)
         self._pinned = self._data is not None and pinned and pin(self._data)
         self._fd = -1
         if path:
@@ -142,24 +142,26 @@ def feed(
         for start in starts:
             yield start, fetch(start)
         return
-    side = _side_stream(device)
-    coming = before = None
-    for start, following in zip(starts, [*starts[1:], None], strict=True):
-        if coming is None:
-            with torch.cuda.stream(side):
-                coming = fetch(start)
-        here, slices, coming = torch.cuda.current_stream(device), coming, None
-        here.wait_stream(side)
-        for x in slices:
-            if x is not None:
-                x.record_stream(here)
-        if before is not None:
-            before.synchronize()  # the slice before the last is done with
-        before = here.record_event()
-        if following is not None:
-            with torch.cuda.stream(side):
-                coming = fetch(following)
-        yield start, slices
+    side, here = _side_stream(device), torch.cuda.current_stream(device)
+    coming = before = last = None
+    try:
+        for start, following in zip(starts, [*starts[1:], None], strict=True):
+            if coming is None:
+                with torch.cuda.stream(side):
+                    coming = fetch(start)
+            slices, coming = coming, None
+            here.wait_stream(side)
+            if before is not None:
+                before.synchronize()  # the slice before the last is done with, and goes back to the copies' stream
+            before, last = here.record_event(), slices
+            if following is not None:
+                with torch.cuda.stream(side):
+                    coming = fetch(following)
+            yield start, slices
+    finally:
+        # Work on the last slices may be under way: no later copy may take their place before its end.
+        side.wait_stream(here)
+        del last
 
 
 @cache

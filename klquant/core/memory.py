@@ -1,5 +1,6 @@
 """How much memory there is, and host memory that a GPU copies at full speed."""
 
+import mmap
 import os
 from contextlib import suppress
 
@@ -29,11 +30,18 @@ def total_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1]
 
 
-def pin(tensor: Tensor) -> bool:
-    """Lock a CPU tensor's memory for a GPU's copies, until `unpin`; whether the system let it.
+def own_pages(nbytes: int) -> Tensor:
+    """Uninitialized bytes [nbytes], uint8, on pages of memory that nothing else lies on.
 
-    `torch.empty(pin_memory=True)` would round large sizes up to a power of two.
+    CUDA locks whole pages, and refuses to copy what lies on locked and other ones: what the heap puts behind a locked
+    tensor does. `torch.empty(pin_memory=True)` would round large sizes up to a power of two.
     """
+    pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
+
+
+def pin(tensor: Tensor) -> bool:
+    """Lock a tensor from `own_pages` for a GPU's copies, until `unpin`; whether the system let it."""
     done = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
     if not done:
         # CUDA keeps the refusal, and the next launch would report it as its own: let one that does not matter do so.

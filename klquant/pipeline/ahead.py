@@ -12,7 +12,7 @@ from torch import Tensor
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.dtypes import DTYPES
 from klquant.checkpoint.reader import CheckpointReader
-from klquant.core.memory import pin, unpin
+from klquant.core.memory import own_pages, pin, unpin
 
 # Reads under way at once: a fast disk wants several, and finding NaN in 4 GB takes a core a second or two.
 THREADS = 4
@@ -37,7 +37,7 @@ class Ahead:
         self._buffer: Tensor | None = None
         if device.type == "cuda":
             largest = max((sum(self._room(name) for name in names) for names in units), default=0)
-            self._buffer = torch.empty(largest, dtype=torch.uint8)
+            self._buffer = own_pages(largest)
             self._pinned = largest > 0 and pin(self._buffer)
         self.advance()
 

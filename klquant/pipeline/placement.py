@@ -20,6 +20,8 @@ MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.9}
 HOST_BASE = 3 << 30
 # Memory on a card that torch's allocator does not count: CUDA context and kernels.
 CONTEXT = 600 << 20
+# Share of a card's allowance that a run plans with. Torch keeps what it has freed, up to its limit; the rest is air.
+CARD_SHARE = 0.91
 STORED_ITEM = 2
 
 
@@ -57,7 +59,7 @@ def limit_devices(settings: WalkSettings, limits: Limits) -> None:
     if limits.gpu is None or settings.device.type != "cuda":
         return
     for device in settings.devices:
-        room = limits.gpu - CONTEXT
+        room = int(CARD_SHARE * limits.gpu) - CONTEXT
         if room <= 0:
             raise UserError(f"--max-gpu-memory {limits.gpu / 1e9:.1f} GB: CUDA itself takes {CONTEXT / 1e9:.1f} GB")
         torch.cuda.set_per_process_memory_fraction(min(1.0, room / total_memory(device)), device.index)

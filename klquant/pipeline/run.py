@@ -1,6 +1,7 @@
 """The whole run: checks first, then unit after unit, then the finishing touches that make a folder a checkpoint."""
 
 import math
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,11 +114,11 @@ def _work(
     watcher.begin([name for name, _ in jobs], done)
     reads = [names_read(plan, name, decisions) for name, decisions in jobs[done:]]
     written = 0
-    with Ahead(reader, reads, settings.device) as ahead, Behind() as behind:
+    with ExitStack() as held, Ahead(reader, reads, settings.device) as ahead, Behind() as behind:
         units, store = Units(reader, ahead, plan, settings), None
         for number, (name, decisions) in enumerate(jobs[done:], done):
             if store is None and ids_WS is not None and number > 0:
-                store = StreamStore(units, journal, ids_WS, limits)
+                store = held.enter_context(closing(StreamStore(units, journal, ids_WS, limits)))
                 store.load(number)
                 watcher.note(str(store.placement))
             progress = partial(watcher.phase, name)
@@ -135,7 +136,6 @@ def _work(
         write_wait = behind.waited
         if store is not None:
             write_wait += store.waited
-            store.close()
         watcher.end(Traffic(ahead.nbytes, ahead.waited, written, write_wait))
 
 

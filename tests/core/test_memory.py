@@ -1,13 +1,14 @@
 """What torch is asked about a card's memory, on a machine that has none."""
 
+import resource
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from klquant.calibrate.walk import WalkSettings
-from klquant.core.memory import free_memory, pin
-from klquant.pipeline.placement import CONTEXT, Limits, limit_devices
+from klquant.core.memory import free_memory, own_pages, pin
+from klquant.pipeline.placement import CARD_SHARE, CONTEXT, Limits, limit_devices
 
 GB = 10**9
 
@@ -30,8 +31,17 @@ def card(monkeypatch):
 def test_a_card_has_what_is_free_and_allowed(card, name):
     device = torch.device(name)
     assert free_memory(device) == 61 * GB
-    limit_devices(WalkSettings(device, torch.bfloat16, 32), Limits(gpu=24 * GB + CONTEXT))
-    assert free_memory(device) == pytest.approx(22 * GB, abs=1)
+    limit_devices(WalkSettings(device, torch.bfloat16, 32), Limits(gpu=24 * GB))
+    assert free_memory(device) == pytest.approx(CARD_SHARE * 24 * GB - CONTEXT - 2 * GB, abs=2)
+
+
+def test_locked_memory_shares_no_page():
+    page = resource.getpagesize()
+    for nbytes in (0, 1, page, 3 * page + 7):
+        memory = own_pages(nbytes)
+        assert memory.shape == (nbytes,) and (not nbytes or memory.data_ptr() % page == 0)
+    a, b = own_pages(5).fill_(1), own_pages(5).fill_(2)
+    assert abs(a.data_ptr() - b.data_ptr()) >= page and a.tolist() == [1] * 5
 
 
 @pytest.mark.parametrize("error", [0, 1])

@@ -157,3 +157,14 @@ def test_what_fails_behind_ends_the_run_with_the_units_before_safe(model, tmp_pa
     assert sorted(path.name for path in state.glob("unit-*")) == ["unit-000.json"]
     run(model, tmp_path / "out", resume=True)
     assert digests(tmp_path / "out") == whole_digests
+
+
+def test_a_run_that_stops_gives_its_streams_back(model, tmp_path, monkeypatch):
+    """Memory left locked would stand in the way of the next run in the same process."""
+    held = set()
+    make, close = Activations.__init__, Activations.close
+    monkeypatch.setattr(Activations, "__init__", lambda self, *a, **k: (held.add(self), make(self, *a, **k))[1])
+    monkeypatch.setattr(Activations, "close", lambda self: (held.discard(self), close(self))[1])
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", watcher=Stop("layer 1"))
+    assert not held
