@@ -137,6 +137,7 @@ class Result:
         cuda = device.type == "cuda"
         self.used = torch.cuda.max_memory_allocated(device) if cuda else 0
         self.card = torch.cuda.max_memory_reserved(device) if cuda else 0
+        self.retries = torch.cuda.memory_stats(device)["num_alloc_retries"] if cuda else 0
         self.hashes = {file: shard["sha256"] for file, shard in provenance["shards"].items()}
 
     def by_kind(self, config: KimiLinearConfig) -> dict[str, dict[str, float]]:
@@ -167,7 +168,7 @@ class Result:
             f"{traffic.read_wait:.1f} s for reading, {traffic.write_wait:.1f} s for writing",
             f"  {traffic.read / 1e9:.1f} GB read, {traffic.written / 1e9:.1f} GB written; peaks: "
             f"{self.used / GIB:.2f} GiB in use and {self.card / GIB:.2f} GiB reserved on the card (torch), "
-            f"{self.host / 1e9:.2f} GB on the host",
+            f"{self.host / 1e9:.2f} GB on the host; {self.retries} times torch gave memory back to find room",
             f"  EXTRAPOLATED to {whole.num_layers} layers: {total:.0f} s = {total / 60:.1f} min ({parts})",
             *(f"  fallback: {line}" for line in self.clock.fallbacks[:3]),
         ]
