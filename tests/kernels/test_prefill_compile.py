@@ -1,4 +1,4 @@
-"""Prefill kernels at the 48B's shapes compile for cards that are not here, fit their shared memory and spill nothing."""
+"""Prefill kernels at the 48B's shapes compile for cards that are not here, fit their memory and spill nothing."""
 
 from collections.abc import Iterator
 from itertools import cycle
