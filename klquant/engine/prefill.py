@@ -5,6 +5,7 @@ Shape suffixes as in `klquant.model.weights`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from klquant.model.weights import linear
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ChunkRows:
     """Positions start … stop − 1 of the sequence in a slot. table_M int32: its pages; position_S int64: where the
     positions' latents lie."""
 
@@ -35,10 +36,11 @@ class Chunk:
     position_S: Tensor
 
     @classmethod
-    def of(cls, state: DeviceState, slot: int, start: int, stop: int) -> "Chunk":
+    def of(cls, state: DeviceState, slot: int, start: int, stop: int) -> "ChunkRows":
         table_M = state.table[slot]
         return cls(slot, start, stop, table_M, page_position(table_M, torch.arange(start, stop, device=table_M.device)))
 
+    @cached_property
     def as_rows(self) -> StepRows:
         """A chunk of one position as the row of a decode step."""
         slot_B = torch.full_like(self.position_S, self.slot)
@@ -47,11 +49,11 @@ class Chunk:
 
 
 def prefill_layer(
-    cfg: KimiLinearConfig, layer: int, w: EngineLayer, stream: Stream, state: DeviceState, chunk: Chunk
+    cfg: KimiLinearConfig, layer: int, w: EngineLayer, stream: Stream, state: DeviceState, chunk: ChunkRows
 ) -> Stream:
     """Layer `layer` for the positions of a chunk: (h, delta) [S, C] → (h, delta). State is updated in place."""
     if chunk.stop - chunk.start == 1:
-        return decode_layer(cfg, layer, w, stream, state, chunk.as_rows())
+        return decode_layer(cfg, layer, w, stream, state, chunk.as_rows)
     h_SC, x_SC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps)
     mix = kda_mix if isinstance(w.fused, FusedKDA) else mla_mix
     mixed = linear(mix(cfg, layer, w.fused, x_SC, state, chunk), w.fused.o_proj)
@@ -59,7 +61,9 @@ def prefill_layer(
     return h_SC, feed(cfg, w.model.mlp, x_SC)
 
 
-def kda_mix(cfg: KimiLinearConfig, layer: int, w: FusedKDA, x_SC: Tensor, state: DeviceState, chunk: Chunk) -> Tensor:
+def kda_mix(
+    cfg: KimiLinearConfig, layer: int, w: FusedKDA, x_SC: Tensor, state: DeviceState, chunk: ChunkRows
+) -> Tensor:
     """[S, C] → [S, F]."""
     heads, rank = (cfg.kda_heads, cfg.kda_dim), w.f_b.shape[1]
     pool, slot = state.kda[layer], slice(chunk.slot, chunk.slot + 1)
@@ -72,7 +76,9 @@ def kda_mix(cfg: KimiLinearConfig, layer: int, w: FusedKDA, x_SC: Tensor, state:
     return gated_rms_norm(o[0], gate, w.o_norm, cfg.rms_eps).flatten(-2)
 
 
-def mla_mix(cfg: KimiLinearConfig, layer: int, w: FusedMLA, x_SC: Tensor, state: DeviceState, chunk: Chunk) -> Tensor:
+def mla_mix(
+    cfg: KimiLinearConfig, layer: int, w: FusedMLA, x_SC: Tensor, state: DeviceState, chunk: ChunkRows
+) -> Tensor:
     """[S, C] → [S, H·v]. What attention sees of a token is what its page holds, rounding included."""
     pages = state.latent[layer]
     q, kv_a = linear(x_SC, w.q_kv_a).split([cfg.num_heads * cfg.qk_dim, cfg.latent_dim], -1)

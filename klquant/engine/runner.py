@@ -16,7 +16,7 @@ from torch import Tensor
 
 from klquant.engine.decode import decode_layer, embed
 from klquant.engine.graphs import Graphs, Outputs, on
-from klquant.engine.prefill import Chunk, prefill_layer
+from klquant.engine.prefill import ChunkRows, prefill_layer
 from klquant.engine.request import SamplingParams
 from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
 from klquant.engine.state import DeviceState
@@ -85,7 +85,7 @@ class Runner:
         for stage in self.stages:
             with on(stage.device):
                 h_SC, delta_SC = h_SC.to(stage.device), None
-                chunk = Chunk.of(stage.state, slot, start, stop)
+                chunk = ChunkRows.of(stage.state, slot, start, stop)
                 for layer in stage.layers:
                     w = self.weights.layers[layer]
                     h_SC, delta_SC = prefill_layer(self.cfg, layer, w, (h_SC, delta_SC), stage.state, chunk)

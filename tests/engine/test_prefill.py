@@ -7,7 +7,7 @@ import torch
 
 from klquant.engine import prefill
 from klquant.engine.build import OneDevice
-from klquant.engine.prefill import Chunk, prefill_layer
+from klquant.engine.prefill import ChunkRows, prefill_layer
 from klquant.engine.state import DeviceState
 from klquant.engine.synthetic import random_weights, synthetic_outline
 from klquant.model.block import block, new_state
@@ -38,7 +38,7 @@ def case(device, dtype):
     state.clear(SLOT)
     starts = [sum(CHUNKS[:i]) for i in range(len(CHUNKS) + 1)]
     x_SC = torch.randn(starts[-1], CONFIG.hidden_size, device=device).to(dtype)
-    chunks = [Chunk.of(state, SLOT, a, b) for a, b in pairwise(starts)]
+    chunks = [ChunkRows.of(state, SLOT, a, b) for a, b in pairwise(starts)]
     return weights, state, x_SC, chunks
 
 
@@ -77,7 +77,7 @@ def test_one_position_is_a_step():
         w, other, start = weights.layers[layer], new_state(CONFIG, layer, 1, torch.float32, "cpu"), 0
         for length in (1, 1, 70, 1, 1):
             x = x_SC[start : start + length]
-            chunk = Chunk.of(state, SLOT, start, start + length)
+            chunk = ChunkRows.of(state, SLOT, start, start + length)
             h, delta = prefill_layer(CONFIG, layer, w, (x, None), state, chunk)
             assert relative(h + delta, block(CONFIG, w.model, x[None], other)[0]) < 1e-5
             start += length
