@@ -14,17 +14,16 @@ from klquant.kernels.linear.layout import Packed, interleave, pack, split_rows, 
 from klquant.kernels.linear.tiles import Tile, linear_tile, make_tile
 from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
 from klquant.kernels.moe.reference import experts as reference_experts
-from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles
+from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles, shares_launch
 
 HIDDEN, INNER, EXPERTS, TOP = 2304, 1024, 256, 8
 TOKENS = (1, 4, 16, 64, 512, 4096)
 EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 512, 2048, 4096, 8192)
 # name → N, K, whether the rows are gate and up of an MLP
 SHAPES = {
-    "KDA q, k, v": (4096, 2304, False),
+    "KDA q·k·v": (12288, 2304, False),
     "KDA, MLA o": (2304, 4096, False),
-    "MLA q": (6144, 2304, False),
-    "MLA kv_a": (576, 2304, False),
+    "MLA q·kv_a": (6720, 2304, False),
     "shared gate·up": (2048, 2304, True),
     "shared down": (2304, 1024, False),
     "dense gate·up": (18432, 2304, True),
@@ -96,13 +95,13 @@ def run_linear(case: Case, x: Tensor, w: Packed) -> Tensor:
 def run_experts(case: Case, x: Tensor, w: QuantExperts, weight: Tensor, expert: Tensor) -> Tensor:
     from klquant.kernels.moe.triton import few_tokens, many_tokens
 
-    few = case.tokens <= FEW_TOKENS
-    shared_TC = None if few else w.shared(x)
     if not case.tiles:
-        return apply_experts(w, x, weight, expert, shared_TC)
-    if few:
+        return apply_experts(w, x, weight, expert)
+    if case.tokens <= FEW_TOKENS:
         return few_tokens(x, weight, expert, w.gate_up, w.down, w.shared.gate_up, w.shared.down, *case.tiles)
-    return many_tokens(x, weight, expert, w.gate_up, w.down, shared_TC, *case.tiles)
+    beside = (w.shared.gate_up, w.shared.down) if shares_launch(w.shared, case.tiles) else None
+    apart = None if beside else w.shared(x)
+    return many_tokens(x, weight, expert, w.gate_up, w.down, beside, apart, *case.tiles)
 
 
 def check(case: Case) -> float:
@@ -152,35 +151,36 @@ def poison(values_16: int) -> None:
 def linear_candidates(shape: str, bits: int, tokens: int) -> list[tuple[Tile, ...]]:
     """Tiles worth trying for a linear map, the table's first."""
     w, gated = linear_weight(shape, bits), SHAPES[shape][2]
-    narrow = [(rows, t, split, split) for rows in (16, 32, 64) for t in (8, 16, 32, 64) for split in (4, 8, 16)]
-    wide = [(rows, t, warps, 1) for rows in (64, 128) for t in (16, 32, 64, 128) for warps in (4, 8)]
+    few = [(16 << i, 8, *warps) for i in range(3) for warps in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 4), (8, 8))]
+    some = [(32 << i, t, *warps) for i in range(3) for t in (16, 32, 64) for warps in ((2, 1), (2, 2), (4, 1), (4, 4))]
+    many = [(rows, t, warps, 1) for rows in (64, 128) for t in (32, 64, 128) for warps in (4, 8)]
+    kinds = few if tokens <= 8 else some if tokens <= 64 else many
     tiles = [linear_tile(w, tokens, gated)]
-    for rows, t, warps, split in narrow + wide:
-        fits = w.row_bricks * 16 % rows == 0 and rows >= (32 if gated else 16)
-        # At most half the columns idle, at most as much per program as registers hold, not too many passes over w.
-        sensible = (t == 8 or t < 2 * tokens) and rows * t <= 128 * 32 * warps // max(split, 4) and tokens <= 64 * t
-        if fits and sensible and (split == 1 or (rows * t <= 1024 and tokens <= 128)):
-            tiles.append(make_tile(bits, rows, t, warps, split))
+    for rows, t, warps, split in kinds:
+        if w.row_bricks * 16 % rows == 0 and rows >= (32 if gated else 16) and (t == 8 or t < 2 * tokens):
+            tiles += [make_tile(bits, rows, t, warps, split, stages) for stages in (3, 5)]
     return [(tile,) for tile in dict.fromkeys(tiles)]
 
 
 def expert_candidates(bits: int, tokens: int) -> list[tuple[Tile, ...]]:
-    """Pairs of tiles worth trying for a layer of experts, the table's first."""
+    """Pairs of tiles worth trying for a layer of experts, the table's first: one is varied at a time."""
     w = expert_weights(bits)
-    if tokens <= FEW_TOKENS:
-        # The shared expert has 8 bits: whichever needs more shared memory says how many stages fit.
-        def tile(rows: int, split: int) -> Tile:
-            return min((make_tile(b, rows, 8, split, split) for b in (bits, 8)), key=lambda tile: tile.stages)
-
-        pairs = [(tile(a, s), tile(b, t)) for a in (32, 64) for b in (16, 32) for s in (4, 8, 16) for t in (4, 8, 16)]
-        return list(dict.fromkeys([few_tiles(w.gate_up, w.down, w.shared), *pairs]))
-    table = many_tiles(w.gate_up, w.down, tokens * TOP)
-    share = max(1, tokens * TOP // EXPERTS)
-    narrow = [(rows, t, split, split) for rows in (32, 64) for t in (8, 16, 32) for split in (4, 8)]
-    wide = [(rows, t, warps, 1) for rows in (64, 128) for t in (16, 32, 64, 128) for warps in (4, 8)]
-    kinds = [k for k in narrow + wide if share // 4 <= k[1] <= 8 * share and (k[3] == 1 or share <= 32)]
-    pairs = [(make_tile(bits, *a), make_tile(bits, *a)) for a in kinds]
-    return list(dict.fromkeys([table, *pairs]))
+    few = tokens <= FEW_TOKENS
+    table = few_tiles(w.gate_up, w.down, w.shared, TOP) if few else many_tiles(w.gate_up, w.down, tokens * TOP)
+    most = 8 if few else table[0].tokens * 2
+    kinds = [(rows, warps, split) for rows in (32, 64, 128) for warps in (1, 2, 4, 8) for split in {1, warps}]
+    pairs = [table]
+    for t in (t for t in (8, 16, 32, 64, 128) if most // 4 <= t <= most):
+        for rows, warps, split in kinds:
+            for stages in (3, 5):
+                # The shared expert has 8 bits: whichever needs more shared memory says how many stages fit.
+                tiles = (make_tile(b, rows, t, warps, split, stages) for b in (bits, 8))
+                tile = min(tiles, key=lambda tile: tile.stages)
+                if few:
+                    pairs += [(tile, table[1])] + [(table[0], tile)] * (split >= TOP)
+                else:
+                    pairs += [(tile, table[1]), (table[0], tile)] if t == table[0].tokens else [(tile, tile)]
+    return list(dict.fromkeys(pairs))
 
 
 def cases(

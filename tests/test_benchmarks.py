@@ -73,23 +73,23 @@ def test_kernel_table_shows_every_peer_or_why_not():
 
     absent = Timed(reason="ModuleNotFoundError: No module named 'gemlite'")
     rows = [
-        row("MLA q", 4, 11.0, BF16=Timed(20.0, 2e-3), gemlite=absent),
-        row("MLA q", 8, 21.5, BF16=Timed(20.0, 2e-3), gemlite=absent),
-        row("MLA kv_a", 8, 20.9, BF16=Timed(20.0, 2e-3), gemlite=Timed(22.0, 9e-3)),
+        row("MLA q·kv_a", 4, 11.0, BF16=Timed(20.0, 2e-3), gemlite=absent),
+        row("MLA q·kv_a", 8, 21.5, BF16=Timed(20.0, 2e-3), gemlite=absent),
+        row("KDA q·k·v", 8, 20.9, BF16=Timed(20.0, 2e-3), gemlite=Timed(22.0, 9e-3)),
     ]
     names = ("BF16", "gemlite", "tinygemm")
     head, first, *_ = kernels.table(rows, names).splitlines()
     assert all(name in head for name in names)
-    assert first.split()[:8] == ["MLA", "q", "4", "1", "11.0", "20.0", "–", "0.55"]
+    assert first.split()[:8] == ["MLA", "q·kv_a", "4", "1", "11.0", "20.0", "–", "0.55"]
     notes = kernels.notes(rows, names)
-    assert "more than 5%: 1 of 3" in notes and "MLA q, 8 bits, M = 1: 1.07" in notes
-    assert "2 cases from MLA q, M = 1: ModuleNotFoundError: No module named 'gemlite'" in notes
+    assert "more than 5%: 1 of 3" in notes and "MLA q·kv_a, 8 bits, M = 1: 1.07" in notes
+    assert "2 cases from MLA q·kv_a, M = 1: ModuleNotFoundError: No module named 'gemlite'" in notes
     assert "gemlite: 1 timed, largest error 9.0e-03" in notes and "tinygemm: 0 timed" in notes
 
 
 @pytest.mark.gpu
 def test_peers_on_a_gpu():
     for name in ("BF16", "tinygemm"):
-        timed = kernel_peers.time_peer(name, "MLA kv_a", 4, 4)
+        timed = kernel_peers.time_peer(name, "shared down", 4, 4)
         assert timed.us and timed.error < kernels.MOST_ERROR, timed
     assert kernel_peers.time_peer("BF16", kernel_cases.LAYER, 4, 16).us

@@ -107,15 +107,27 @@ def _dot(codes, x, x_mask, acc, PTX: tl.constexpr):
 
 
 @triton.jit
+def _load_scale(scale, at):
+    """Scales in FP32. Of 16-bit ones two are read and one counts: Triton makes only loads of 32 bits asynchronous."""
+    DTYPE: tl.constexpr = scale.dtype.element_ty
+    if tl.float32 == DTYPE:
+        return tl.load(scale + at)
+    pair = tl.load(scale.to(tl.pointer_type(tl.int32), bitcast=True) + at // 2)
+    if tl.bfloat16 == DTYPE:
+        return tl.where(at % 2 == 0, pair << 16, pair & -65536).to(tl.float32, bitcast=True)
+    return tl.where(at % 2 == 0, pair, pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def accumulate(
-    acc, x, x_mask, words, high, mask, scale, zero, brick, factor,
+    acc, x, x_mask, words, high, mask, scale, zero, scale_at, brick,
     BITS: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """acc [.., BN, BM] plus one brick of inputs.
 
     x: pointers [.., 32, BM] to the first chunk; words, high: pointers [.., BN, 32] of the brick; mask [.., 1, 1] or
-    None: whether it exists; scale, zero: pointers [.., BN] to a row's first group, or None; brick: its index along K, a
-    scalar or [.., 1]; factor: FP32 [.., 1] that the product is multiplied by, or None.
+    None: whether it exists; scale, zero: a pointer each, or None; scale_at [.., BN]: where a row's first group lies
+    behind them; brick: its index along K, a scalar or [.., 1].
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     FIELDS: tl.constexpr = fields(BITS)
@@ -123,11 +135,7 @@ def accumulate(
     w = tl.load(words, mask=mask)
     hi = tl.load(high, mask=mask).to(tl.int16) if BITS == 3 else None
     if BITS == 16:
-        codes = unpack(w, hi, 0, BITS, DTYPE, PTX)
-        if factor is None:
-            acc = _dot(codes, x, x_mask, acc, PTX)
-        else:
-            acc += _dot(codes, x, x_mask, tl.zeros_like(acc), PTX) * tl.expand_dims(factor, -1)
+        acc = _dot(unpack(w, hi, 0, BITS, DTYPE, PTX), x, x_mask, acc, PTX)
     else:
         INPUTS: tl.constexpr = CHUNK * FIELDS
         # Parts of a brick that have their own scale, and the chunks of each.
@@ -140,14 +148,12 @@ def accumulate(
                 group = brick * PARTS + part
             else:
                 group = brick // (GROUP // INPUTS)
-            s = tl.load(scale + group * ROWS).to(tl.float32)
-            if factor is not None:
-                s = s * factor
+            s = _load_scale(scale, scale_at + group * ROWS)
             total = tl.zeros_like(acc)
             for chunk in tl.static_range(CHUNKS):
                 codes = unpack(w, hi, part * CHUNKS + chunk, BITS, DTYPE, PTX)
                 if zero is not None:
-                    codes = codes - tl.expand_dims(tl.load(zero + group * ROWS).to(codes.dtype), -1)
+                    codes = codes - tl.expand_dims(tl.load(zero + scale_at + group * ROWS).to(codes.dtype), -1)
                 total = _dot(codes, x + (part * CHUNKS + chunk) * CHUNK, x_mask, total, PTX)
             acc += total * tl.expand_dims(s, -1)
     return acc
@@ -163,12 +169,12 @@ def tile_product(
 
     x: pointers [BM] to the tokens' inputs; tokens [BM]: which of them exist.
     """
-    INPUTS: tl.constexpr = CHUNK * fields(BITS)
-    n = first_row + tl.arange(0, BN)
-    row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
-    group_row = (n // ROWS) * groups * ROWS + n % ROWS
-    j = tl.arange(0, CHUNK)
     if SPLIT == 1:
+        INPUTS: tl.constexpr = CHUNK * fields(BITS)
+        n = first_row + tl.arange(0, BN)
+        row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
+        group_row = (n // ROWS) * groups * ROWS + n % ROWS
+        j = tl.arange(0, CHUNK)
         acc = tl.zeros([BN, BM], tl.float32)
         w_at = row[:, None] + j[None, :]
         x_at = x[None, :] + j[:, None]
@@ -176,25 +182,42 @@ def tile_product(
             at = w_at + brick * BRICK
             acc = accumulate(
                 acc, x_at + brick * INPUTS, tokens[None, :], words + at, high + at if BITS == 3 else None, None,
-                scale + group_row if BITS < 16 else None, zero + group_row if zero is not None else None, brick,
-                None, BITS, GROUP, PTX,
+                scale, zero, group_row, brick, BITS, GROUP, PTX,
             )  # fmt: skip
         return acc
     else:
-        s = tl.arange(0, SPLIT)
         parts = tl.zeros([SPLIT, BN, BM], tl.float32)
-        w_at = (row[:, None] + j[None, :])[None, :, :] + (s * BRICK)[:, None, None]
-        x_at = (x[None, :] + j[:, None])[None, :, :] + (s * INPUTS)[:, None, None]
-        for first in tl.range(0, bricks, SPLIT, num_stages=STAGES):
-            brick = first + s
-            lives = brick < bricks
-            at = w_at + first * BRICK
-            # A brick past the end reads the last one's scales: what they multiply is 0.
-            inside = tl.minimum(brick, bricks - 1)[:, None]
-            parts = accumulate(
-                parts, x_at + first * INPUTS, tokens[None, None, :] & lives[:, None, None], words + at,
-                high + at if BITS == 3 else None, lives[:, None, None],
-                scale + group_row[None, :] if BITS < 16 else None,
-                zero + group_row[None, :] if zero is not None else None, inside, None, BITS, GROUP, PTX,
-            )  # fmt: skip
+        parts = split_product(
+            parts, x, tokens, words, high, scale, zero, first_row, bricks, groups,
+            BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+        )  # fmt: skip
         return tl.sum(parts, 0)
+
+
+@triton.jit
+def split_product(
+    parts, x, tokens, words, high, scale, zero, first_row, bricks, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """parts [SPLIT, BN, BM] plus a tile's product as in `tile_product`, its bricks dealt out to the warps in turn."""
+    INPUTS: tl.constexpr = CHUNK * fields(BITS)
+    n = first_row + tl.arange(0, BN)
+    row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
+    group_row = (n // ROWS) * groups * ROWS + n % ROWS
+    j = tl.arange(0, CHUNK)
+    s = tl.arange(0, SPLIT)
+    w_at = (row[:, None] + j[None, :])[None, :, :] + (s * BRICK)[:, None, None]
+    x_at = (x[None, :] + j[:, None])[None, :, :] + (s * INPUTS)[:, None, None]
+    for first in tl.range(0, bricks, SPLIT, num_stages=STAGES):
+        brick = first + s
+        lives = brick < bricks
+        at = w_at + first * BRICK
+        # A brick past the end reads the last one's scales: what they multiply is 0.
+        inside = tl.minimum(brick, bricks - 1)[:, None]
+        parts = accumulate(
+            parts, x_at + first * INPUTS, tokens[None, None, :] & lives[:, None, None], words + at,
+            high + at if BITS == 3 else None, lives[:, None, None], scale, zero, group_row[None, :], inside,
+            BITS, GROUP, PTX,
+        )  # fmt: skip
+    return parts

@@ -12,7 +12,6 @@ import torch
 
 from klquant.kernels.linear.dispatch import QuantMLP, apply_linear, pack_mlp, pack_weight
 from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
-from klquant.kernels.moe.tiles import FEW_TOKENS
 from tests.kernels.launches import CARDS, Launch, compile_for, meta_weight, record
 from tests.triton_interpreter import interpreting, needs_triton
 
@@ -41,8 +40,7 @@ def experts(bits: int, shared_bits: int, group: int = 128, dtype: torch.dtype = 
     for tokens in EXPERT_TOKENS:
         x = meta(tokens, HIDDEN, dtype=dtype)
         weight, chosen = meta(tokens, TOP, dtype=torch.float32), meta(tokens, TOP, dtype=torch.int32)
-        beside = x if tokens > FEW_TOKENS else None
-        yield lambda args=(w, x, weight, chosen, beside): apply_experts(*args)
+        yield lambda args=(w, x, weight, chosen): apply_experts(*args)
     for tokens in LINEAR_TOKENS:
         yield lambda tokens=tokens: apply_linear(meta(tokens, HIDDEN, dtype=dtype), shared.gate_up, gated=True)
 

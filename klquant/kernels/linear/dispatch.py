@@ -11,6 +11,9 @@ from klquant.kernels.linear import reference
 from klquant.kernels.linear.layout import ROW_MULTIPLE, Packed, interleave, pack, pack_plain
 from klquant.kernels.linear.tiles import linear_tile
 
+# From so many tokens on, unpacking a weight costs less than what torch's product gains on unpacked ones.
+UNPACK_TOKENS = 512
+
 # A weight on its grid, or in 16 bits.
 Weight = Quantized | Tensor
 
@@ -79,7 +82,14 @@ class QuantMLP:
 
 
 def apply_linear(x_MK: Tensor, w: Packed, gated: bool = False) -> Tensor:
-    """x [M, K], or with columns padded already, through the kernel and the tile its shape gets."""
-    from klquant.kernels.linear.triton import linear
+    """x [M, K], or with columns padded already, through the kernel and the tile its shape gets.
 
-    return linear(pad_inputs(x_MK, w), w, linear_tile(w, x_MK.shape[0], gated), gated=gated)
+    For many tokens a copy of w in x's dtype, made and dropped again, and torch's own product are faster.
+    """
+    from klquant.kernels.linear.triton import linear, silu_mul, unpacked
+
+    x_MK = pad_inputs(x_MK, w)
+    if w.bits < 16 and x_MK.shape[0] >= UNPACK_TOKENS:
+        y = F.linear(x_MK[:, : w.k_padded], unpacked(w, x_MK.dtype, gated))
+        return silu_mul(y) if gated else y
+    return linear(x_MK, w, linear_tile(w, x_MK.shape[0], gated), gated=gated)

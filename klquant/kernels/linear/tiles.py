@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from klquant.kernels.linear.layout import CHUNK, Packed, brick_inputs
 
-# A block of sm86 or sm89 may use 99 KiB, and so may all that run on a multiprocessor together. Narrow tiles hide
-# latency with two blocks beside each other. What is left is the compiler's, for reductions and layouts.
-WIDE_BYTES, NARROW_BYTES = 96 * 1024, 48 * 1024
-MOST_STAGES = 4
+# A block of sm86 or sm89 may use 99 KiB, and so may all that run on a multiprocessor together; what is left is the
+# compiler's, for reductions and layouts.
+SHARED_BYTES = 96 * 1024
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,12 @@ class Tile:
         return sizes | {"num_warps": self.warps}
 
 
-def make_tile(bits: int, rows: int, tokens: int, warps: int, split: int) -> Tile:
-    """A tile with as many pipeline stages as shared memory holds, MOST_STAGES at most."""
+def make_tile(bits: int, rows: int, tokens: int, warps: int, split: int, stages: int) -> Tile:
+    """A tile with `stages` pipeline stages, or as many as shared memory holds."""
     weight = rows * CHUNK * (3 if bits == 3 else 2)
     stage = split * (weight + brick_inputs(bits) * tokens * 2)
     # The stage that is multiplied takes no buffer of its own, except, on Hopper, for the inputs that wgmma reads.
-    stages = 1 + (NARROW_BYTES if split > 1 else WIDE_BYTES) // stage
-    return Tile(rows, tokens, warps, split, min(max(stages, 2), MOST_STAGES))
+    return Tile(rows, tokens, warps, split, max(2, min(stages, 1 + SHARED_BYTES // stage)))
 
 
 def most_tokens(w: Packed, split: int) -> int:
@@ -44,17 +42,24 @@ def most_tokens(w: Packed, split: int) -> int:
     return 128 if scales == 1 and w.bits != 3 else 64 if scales < 8 else 32
 
 
-def few_split(bits: int) -> int:
-    """Warps that share a row when there are few tokens; INT3's bricks are large, and fewer fit in shared memory."""
-    return 4 if bits == 3 else 8
-
-
 def linear_tile(w: Packed, tokens: int, gated: bool) -> Tile:
-    """The tile of y [tokens, N]."""
+    """The tile of y [tokens, N].
+
+    Many rows are one tile after the other for a warp or two; where there are few, warps share a row's bricks.
+    """
+    rows = w.row_bricks * 16
     if tokens <= 8:
-        return make_tile(w.bits, 32 if gated else 16, 8, few_split(w.bits), few_split(w.bits))
+        if gated or rows >= 8192:
+            return make_tile(w.bits, 32, 8, warps=2, split=1, stages=5)
+        split = 2 if rows >= 4608 else 4
+        return make_tile(w.bits, 16, 8, split, split, stages=5)
     if tokens <= most_tokens(w, 4):
-        return make_tile(w.bits, 32, 16 if tokens <= 16 else 32, warps=4, split=4)
+        few = 16 if tokens <= 16 else 32
+        if rows >= 8192:
+            return make_tile(w.bits, 64, few, warps=4, split=1, stages=4)
+        return make_tile(w.bits, 32, few, warps=4, split=4, stages=4)
     if tokens <= 128 or most_tokens(w, 1) == 32:
-        return make_tile(w.bits, 64, 32, warps=4, split=1)
-    return make_tile(w.bits, 128 if w.row_bricks % 8 == 0 else 64, most_tokens(w, 1), warps=8, split=1)
+        if rows < 8192:
+            return make_tile(w.bits, 32, min(32, most_tokens(w, 4)), warps=4, split=4, stages=3)
+        return make_tile(w.bits, 64, min(64, most_tokens(w, 1)), warps=4, split=1, stages=4)
+    return make_tile(w.bits, 128 if w.row_bricks % 8 == 0 else 64, most_tokens(w, 1), warps=8, split=1, stages=4)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klquant.kernels.bricks import ROWS, tile_product
+from klquant.kernels.bricks import BRICK, CHUNK, ROWS, fields, tile_product, unpack
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 
@@ -55,4 +55,63 @@ def linear(x_MK: Tensor, w: Packed, tile: Tile, *, gated: bool = False, out: Ten
         x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), m, rows, w.bricks, w.groups,
         BITS=w.bits, GROUP=w.group, GATED=gated, PTX=PTX, **tile.options,
     )  # fmt: skip
+    return y
+
+
+@triton.jit
+def unpack_kernel(
+    words, high, scale, zero, y, y_stride, bricks, groups, up_rows,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y [rows, K padded] = (code − zero) · scale; grid (tiles of rows, bricks).
+
+    With `up_rows` the rows are gate's and up's, sixteen by sixteen in turn: gate's go first, up's to `up_rows` and on.
+    """
+    FIELDS: tl.constexpr = fields(BITS)
+    brick = tl.program_id(1)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    j = tl.arange(0, CHUNK)
+    at = ((n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK)[:, None] + j[None, :] + brick * BRICK
+    target = n
+    if up_rows > 0:
+        target = n // (2 * ROWS) * ROWS + n % ROWS + tl.where(n // ROWS % 2 == 1, up_rows, 0)
+    w = tl.load(words + at)
+    hi = tl.load(high + at).to(tl.int16) if BITS == 3 else None
+    for field in tl.static_range(FIELDS):
+        k = (brick * FIELDS + field) * CHUNK
+        group = (k // GROUP if GROUP > 0 else 0) * ROWS + (n // ROWS) * groups * ROWS + n % ROWS
+        value = unpack(w, hi, field, BITS, tl.float32, False)
+        if zero is not None:
+            value -= tl.load(zero + group).to(tl.float32)[:, None]
+        value *= tl.load(scale + group).to(tl.float32)[:, None]
+        tl.store(y + target.to(tl.int64)[:, None] * y_stride + k + j[None, :], value.to(y.dtype.element_ty))
+
+
+def unpacked(w: Packed, dtype: torch.dtype, gated: bool = False) -> Tensor:
+    """Values of quantized w [N, K padded] in `dtype`, rounded to it. `gated`: gate's rows, then up's, N/2 each."""
+    rows = w.row_bricks * 16
+    y = torch.empty(rows, w.k_padded, dtype=dtype, device=w.words.device)
+    unpack_kernel[(rows // 64, w.bricks)](
+        *w.tensors, y, y.stride(0), w.bricks, w.groups, rows // 2 if gated else 0,
+        BITS=w.bits, GROUP=w.group, BN=64, num_warps=4,
+    )  # fmt: skip
+    return y[: w.n]
+
+
+@triton.jit
+def silu_mul_kernel(x, y, width, BLOCK: tl.constexpr):
+    """y [M, width] = silu of the first half of x's rows · the second half; grid (M, blocks of width)."""
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < width
+    gate = tl.load(x + m * 2 * width + n, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + m * 2 * width + width + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + m * width + n, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=inside)
+
+
+def silu_mul(x_MN: Tensor) -> Tensor:
+    """silu(gate) · up: gate and up [M, N/2] beside each other → [M, N/2]."""
+    m, n = x_MN.shape
+    y = torch.empty(m, n // 2, dtype=x_MN.dtype, device=x_MN.device)
+    silu_mul_kernel[(m, triton.cdiv(n // 2, 1024))](x_MN, y, n // 2, BLOCK=1024, num_warps=4)
     return y

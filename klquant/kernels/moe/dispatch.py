@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from klquant.kernels.linear.dispatch import QuantMLP, Weight, pack_mlp, pad_inputs
+from klquant.kernels.linear.dispatch import QuantMLP, Weight, apply_linear, pack_mlp, pad_inputs
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.moe import reference
-from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles
+from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles, shares_launch
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,24 @@ class QuantExperts:
         if not x_TC.is_cuda:
             routed = reference.experts(x_TC, weight_TR, expert_TR, self.gate_up, self.down)
             return routed if self.shared is None else routed + self.shared(x_TC)
-        beside = self.shared is not None and len(x_TC) > FEW_TOKENS
-        return apply_experts(self, x_TC, weight_TR, expert_TR, self.shared(x_TC) if beside else None)
+        return apply_experts(self, x_TC, weight_TR, expert_TR)
 
 
-def apply_experts(
-    w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, shared_TC: Tensor | None
-) -> Tensor:  # fmt: skip
-    """The kernels that the number of tokens asks for. Above FEW_TOKENS, `shared_TC` is what w.shared makes of x."""
+def apply_experts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor:
+    """The kernels that the number of tokens asks for."""
     from klquant.kernels.moe.triton import few_tokens, many_tokens
 
+    shared = None if w.shared is None else (w.shared.gate_up, w.shared.down)
+    widest = max((w.gate_up, *(shared or ())[:1]), key=lambda p: p.k_padded)
     if len(x_TC) <= FEW_TOKENS:
-        shared = (None, None) if w.shared is None else (w.shared.gate_up, w.shared.down)
-        widest = max((p for p in (w.gate_up, shared[0]) if p is not None), key=lambda p: p.k_padded)
-        tiles = few_tiles(w.gate_up, w.down, w.shared)
-        return few_tokens(pad_inputs(x_TC, widest), weight_TR, expert_TR, w.gate_up, w.down, *shared, *tiles)
+        tiles = few_tiles(w.gate_up, w.down, w.shared, expert_TR.shape[1])
+        x_TC = pad_inputs(x_TC, widest)
+        return few_tokens(x_TC, weight_TR, expert_TR, w.gate_up, w.down, *(shared or (None, None)), *tiles)
     tiles = many_tiles(w.gate_up, w.down, expert_TR.numel())
-    return many_tokens(pad_inputs(x_TC, w.gate_up), weight_TR, expert_TR, w.gate_up, w.down, shared_TC, *tiles)
+    apart = None
+    if shared and not shares_launch(w.shared, tiles):
+        shared, apart = None, apply_linear(apply_linear(x_TC, shared[0], gated=True), shared[1])
+    return many_tokens(pad_inputs(x_TC, widest), weight_TR, expert_TR, w.gate_up, w.down, shared, apart, *tiles)
 
 
 def route_tokens(

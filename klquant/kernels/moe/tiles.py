@@ -2,35 +2,48 @@
 
 from klquant.kernels.linear.dispatch import QuantMLP
 from klquant.kernels.linear.layout import Packed
-from klquant.kernels.linear.tiles import Tile, few_split, make_tile, most_tokens
+from klquant.kernels.linear.tiles import Tile, make_tile, most_tokens
 
-# Up to here a program a route reads no more than the experts' distinct weights take (mostly), and nothing is sorted.
-FEW_TOKENS = 8
+# Up to here a program a route reads about what the experts' distinct weights take, and sorting would cost more.
+FEW_TOKENS = 4
 
 
-def few_tiles(gate_up: Packed, down: Packed, shared: QuantMLP | None) -> tuple[Tile, Tile]:
+def few_tiles(gate_up: Packed, down: Packed, shared: QuantMLP | None, top: int) -> tuple[Tile, Tile]:
     """Tiles of the two kernels without sorting. Routed and shared programs share a launch, and so a tile.
 
-    The 18 bricks that 2304 inputs are in INT4 leave a quarter of eight warps' last turn idle, and a tenth of four's.
+    In the second a warp or more has a route of its own.
     """
-    beside = (gate_up, down) if shared is None else (shared.gate_up, shared.down)
-    split = min(few_split(w.bits) for w in (down, beside[1]))
-    tiles = []
-    for rows, warps, pair in ((32, 4, (gate_up, beside[0])), (16, split, (down, beside[1]))):
-        candidates = (make_tile(w.bits, rows, FEW_TOKENS, warps, warps) for w in pair)
-        tiles.append(min(candidates, key=lambda tile: tile.stages))
-    return tuple(tiles)
+    beside = (None, None) if shared is None else (shared.gate_up, shared.down)
+    split = max(8, 1 << (top - 1).bit_length())
+    return (
+        _tile(32, 8, 2, 1, 5, gate_up, beside[0]),
+        _tile(32, 8, split, split, 3, down, beside[1]),
+    )
 
 
 def many_tiles(gate_up: Packed, down: Packed, routes: int) -> tuple[Tile, Tile]:
     """Tiles of the two grouped kernels, for as many tokens as an expert gets on average. Both have as many tokens."""
     share, both = routes // gate_up.experts, (gate_up, down)
-    if share <= 32:
-        wanted = 8 if share <= 2 else 16 if share <= 8 else 32
-        tokens = min(wanted, *(most_tokens(w, 4) for w in both))
-        split = 8 if tokens == 8 else 4
-        return tuple(make_tile(w.bits, 32, tokens, warps=split, split=split) for w in both)
-    tokens = min(64 if share <= 256 else 128, *(most_tokens(w, 1) for w in both))
-    if tokens == 32:
-        return tuple(make_tile(w.bits, 64, tokens, warps=4, split=1) for w in both)
-    return tuple(make_tile(w.bits, 128 if w.row_bricks % 8 == 0 else 64, tokens, warps=8, split=1) for w in both)
+    rows, wanted, warps, stages = (
+        (64, 8, 2, 3) if share <= 4 else
+        (64, 16, 4, 3) if share <= 8 else
+        (128, 32, 4, 4) if share <= 48 else
+        (128, 64, 4, 3) if share <= 512 else
+        (128, 128, 8, 3)
+    )  # fmt: skip
+    tokens = min(wanted, *(most_tokens(w, 1) for w in both))
+    rows = min(rows, *(64 if w.row_bricks % 8 else 128 for w in both))
+    return tuple(make_tile(w.bits, rows, tokens, warps, 1, stages) for w in both)
+
+
+def _tile(rows: int, tokens: int, warps: int, split: int, stages: int, *weights: Packed | None) -> Tile:
+    """One tile for weights of several widths of codes: whichever needs more shared memory says how many stages fit."""
+    tiles = (make_tile(w.bits, rows, tokens, warps, split, stages) for w in weights if w is not None)
+    return min(tiles, key=lambda tile: tile.stages)
+
+
+def shares_launch(shared: QuantMLP, tiles: tuple[Tile, Tile]) -> bool:
+    """Whether the shared expert runs in the launches of the grouped kernels: where their tiles suit few tokens."""
+    return tiles[0].tokens <= 32 and all(
+        w.row_bricks * 16 % tile.rows == 0 for w, tile in zip((shared.gate_up, shared.down), tiles, strict=True)
+    )

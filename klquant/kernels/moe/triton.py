@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klquant.kernels.bricks import BRICK, CHUNK, ROWS, accumulate, fields, tile_product
+from klquant.kernels.bricks import BRICK, CHUNK, ROWS, accumulate, fields, split_product, tile_product
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 from klquant.kernels.linear.triton import PTX, gated
@@ -58,66 +58,47 @@ def route_gate_up_kernel(
 
 
 @triton.jit
-def _down(
-    parts, h, h_stride, expert, weight, items, words, high, scale, zero, n, groups, words_stride, scale_stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BRICKS: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """parts [SPLIT, BN, BM] plus Σ over `items` rows of h of weight · (W_expert h).
-
-    Without `expert` there is one, of weight 1. The bricks of all rows are one list, dealt out to the warps in turn;
-    BRICKS of a row is a constant because every warp divides by it.
-    """
-    row = (n // ROWS) * (BRICKS * BRICK) + (n % ROWS) * CHUNK
-    group_row = (n // ROWS) * groups * ROWS + n % ROWS
-    INPUTS: tl.constexpr = CHUNK * fields(BITS)
-    s = tl.arange(0, SPLIT)
-    j = tl.arange(0, CHUNK)
-    # One token: column 0 of BM.
-    m = tl.arange(0, BM)[None, None, :]
-    for first in tl.range(0, items * BRICKS, SPLIT, num_stages=STAGES):
-        lives = first + s < items * BRICKS
-        item = tl.minimum(first + s, items * BRICKS - 1) // BRICKS
-        brick = tl.minimum(first + s, items * BRICKS - 1) % BRICKS
-        if expert is not None:
-            e = tl.load(expert + item).to(tl.int64)
-            factor = tl.load(weight + item)[:, None]
-        else:
-            e = item.to(tl.int64) * 0
-            factor = None
-        words_at = (e * words_stride + brick * BRICK)[:, None, None] + row[None, :, None] + j[None, None, :]
-        scale_at = (e * scale_stride)[:, None] + group_row[None, :]
-        x = h + (item * h_stride + brick * INPUTS)[:, None, None] + j[None, :, None] + m * 0
-        parts = accumulate(
-            parts, x, (m < 1) & lives[:, None, None], words + words_at,
-            high + words_at if BITS == 3 else None, lives[:, None, None], scale + scale_at if BITS < 16 else None,
-            zero + scale_at if zero is not None else None, brick[:, None], factor, BITS, GROUP, PTX,
-        )  # fmt: skip
-    return parts
-
-
-@triton.jit
 def route_down_kernel(
-    h, inner, expert, weight, words, high, scale, zero, groups, words_stride, scale_stride,
-    shared_words, shared_high, shared_scale, shared_zero, shared_groups, shared_h, shared_inner, y, rows, top,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BRICKS: tl.constexpr,
-    SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr, SHARED_BRICKS: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    h, inner, expert, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride,
+    shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups, shared_h, shared_inner, y, rows,
+    top,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr,
+    ROUTES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """y [T, rows]; grid (tiles of rows, tokens)."""
+    """y [T, rows]; grid (tiles of rows, tokens). SPLIT // ROUTES warps share the bricks of each route of the token."""
     token = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
+    # One token: column 0 of BM.
     m = tl.arange(0, BM)
+    s = tl.arange(0, SPLIT)
+    j = tl.arange(0, CHUNK)
+    INPUTS: tl.constexpr = CHUNK * fields(BITS)
+    AT_ONCE: tl.constexpr = SPLIT // ROUTES
+    route = s % ROUTES
+    exists = route < top
+    e = tl.load(expert + token * top + route, mask=exists, other=0).to(tl.int64)
+    factor = tl.load(weight + token * top + route, mask=exists, other=0.0)
+    row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
+    w_at = (e * words_stride)[:, None, None] + row[None, :, None] + j[None, None, :]
+    scale_at = (e * scale_stride)[:, None] + ((n // ROWS) * groups * ROWS + n % ROWS)[None, :]
+    x_at = h + ((token * top + route) * inner)[:, None, None] + j[None, :, None] + (m * 0)[None, None, :]
     parts = tl.zeros([SPLIT, BN, BM], tl.float32)
-    parts = _down(
-        parts, h + token * top * inner, inner, expert + token * top, weight + token * top, top, words, high, scale,
-        zero, n, groups, words_stride, scale_stride, BITS, GROUP, BRICKS, BM, SPLIT, STAGES, PTX,
-    )  # fmt: skip
+    for first in tl.range(0, bricks, AT_ONCE, num_stages=STAGES):
+        brick = first + s // ROUTES
+        lives = (exists & (brick < bricks))[:, None, None]
+        inside = tl.minimum(brick, bricks - 1)
+        at = w_at + (inside * BRICK)[:, None, None]
+        parts = accumulate(
+            parts, x_at + (inside * INPUTS)[:, None, None], (m < 1)[None, None, :] & lives, words + at,
+            high + at if BITS == 3 else None, lives, scale, zero, scale_at, inside[:, None], BITS, GROUP, PTX,
+        )  # fmt: skip
+    parts *= factor[:, None, None]
     if SHARED_BITS > 0:
-        parts = _down(
-            parts, shared_h + token * shared_inner, shared_inner, None, None, 1, shared_words, shared_high,
-            shared_scale, shared_zero, n, shared_groups, 0, 0,
-            SHARED_BITS, SHARED_GROUP, SHARED_BRICKS, BM, SPLIT, STAGES, PTX,
+        parts = split_product(
+            parts, shared_h + token * shared_inner + m * 0, m < 1, shared_words, shared_high, shared_scale, shared_zero,
+            tl.program_id(0) * BN, shared_bricks, shared_groups,
+            SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
     acc = tl.sum(parts, 0)
     store = (m < 1)[None, :] & (n < rows)[:, None]
@@ -128,35 +109,76 @@ def route_down_kernel(
 def grouped_kernel(
     x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride, y, rows,
     top,
-    BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    shared_x, shared_x_stride, shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups,
+    shared_y, shared_rows, tokens, shared_tiles,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr, GATED: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """GATED: x by token → y = silu(gate) · up by sorted route. Else: x by sorted route → y = weight · down by route.
 
-    Grid (tiles of rows, tiles of routes).
+    Grid (tiles of rows, `shared_tiles` tiles of tokens for the shared expert, then tiles of routes).
     """
-    tile = tl.program_id(1)
-    e = tl.load(tiles + tile * 3)
-    if e >= 0:
-        m = tl.load(tiles + tile * 3 + 1) + tl.arange(0, BM)
-        exists = m < tl.load(tiles + tile * 3 + 2)
-        source = tl.load(order + m, mask=exists, other=0) // top if GATED else m
-        w, s = e.to(tl.int64) * words_stride, e.to(tl.int64) * scale_stride
-        acc = tile_product(
-            x + source.to(tl.int64) * x_stride, exists, words + w, high + w if high is not None else None,
-            scale + s if scale is not None else None, zero + s if zero is not None else None,
-            tl.program_id(0) * BN, bricks, groups,
-            BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
-        )  # fmt: skip
-        if GATED:
-            acc = gated(acc)
-            target = m
-        else:
-            target = tl.load(order + m, mask=exists, other=0)
-            acc = acc * tl.load(weight + target, mask=exists, other=0.0)[None, :]
-        n = tl.program_id(0) * acc.shape[0] + tl.arange(0, acc.shape[0])
-        at = target.to(tl.int64)[None, :] * rows + n[:, None]
-        tl.store(y + at, acc.to(y.dtype.element_ty), mask=exists[None, :] & (n < rows)[:, None])
+    tile = tl.program_id(1) - shared_tiles
+    first_row = tl.program_id(0) * BN
+    OUT: tl.constexpr = BN // 2 if GATED else BN
+    n = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    if tile < 0:
+        if SHARED_BITS > 0 and tl.program_id(0) * OUT < shared_rows:
+            m = tl.program_id(1) * BM + tl.arange(0, BM)
+            exists = m < tokens
+            acc = tile_product(
+                shared_x + m.to(tl.int64) * shared_x_stride, exists, shared_words, shared_high, shared_scale,
+                shared_zero, first_row, shared_bricks, shared_groups,
+                SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
+            )  # fmt: skip
+            if GATED:
+                acc = gated(acc)
+            at = m.to(tl.int64)[None, :] * shared_rows + n[:, None]
+            inside = exists[None, :] & (n < shared_rows)[:, None]
+            tl.store(shared_y + at, acc.to(y.dtype.element_ty), mask=inside)
+    else:
+        e = tl.load(tiles + tile * 3)
+        if e >= 0 and tl.program_id(0) * OUT < rows:
+            first, last = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+            # An expert's last tile is half empty half of the time.
+            if BM >= 64 and last - first <= BM // 2:
+                _routes(
+                    x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
+                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 2, SPLIT, STAGES, PTX,
+                )  # fmt: skip
+            else:
+                _routes(
+                    x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
+                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM, SPLIT, STAGES, PTX,
+                )  # fmt: skip
+
+
+@triton.jit
+def _routes(
+    x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride, y,
+    rows, top,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """A tile of `grouped_kernel`: sorted routes [first, last), all of expert e."""
+    m = first + tl.arange(0, BM)
+    exists = m < last
+    source = tl.load(order + m, mask=exists, other=0) // top if GATED else m
+    w, s = e.to(tl.int64) * words_stride, e.to(tl.int64) * scale_stride
+    acc = tile_product(
+        x + source.to(tl.int64) * x_stride, exists, words + w, high + w if high is not None else None,
+        scale + s if scale is not None else None, zero + s if zero is not None else None,
+        tl.program_id(0) * BN, bricks, groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+    )  # fmt: skip
+    if GATED:
+        acc = gated(acc)
+        target = m
+    else:
+        target = tl.load(order + m, mask=exists, other=0)
+        acc = acc * tl.load(weight + target, mask=exists, other=0.0)[None, :]
+    n = tl.program_id(0) * acc.shape[0] + tl.arange(0, acc.shape[0])
+    at = target.to(tl.int64)[None, :] * rows + n[:, None]
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=exists[None, :] & (n < rows)[:, None])
 
 
 @triton.jit
@@ -196,37 +218,49 @@ def few_tokens(
         BITS=gate_up.bits, GROUP=gate_up.group, **_shared_format(shared_gate_up), PTX=PTX, **first.options,
     )  # fmt: skip
     y = torch.empty(tokens, down.n, device=device, dtype=dtype)
-    shared = _shared(shared_down)
     route_down_kernel[(down.row_bricks * 16 // second.rows, tokens)](
-        h, inner, expert_TR, weight_TR, *down.tensors, down.groups, *_strides(down),
-        *shared[:4], shared[5], shared_h, shared_inner, y, down.n, top,
-        BITS=down.bits, GROUP=down.group, BRICKS=down.bricks, SHARED_BRICKS=shared[4],
-        **_shared_format(shared_down), PTX=PTX, **second.options,
+        h, inner, expert_TR, weight_TR, *down.tensors, down.bricks, down.groups, *_strides(down),
+        *_shared(shared_down), shared_h, shared_inner, y, down.n, top,
+        BITS=down.bits, GROUP=down.group, **_shared_format(shared_down), ROUTES=triton.next_power_of_2(top), PTX=PTX,
+        **second.options,
     )  # fmt: skip
     return y
 
 
 def many_tokens(
-    x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed, down: Packed, shared_TC: Tensor | None,
-    first: Tile, second: Tile,
+    x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed, down: Packed,
+    shared: tuple[Packed, Packed] | None, shared_TC: Tensor | None, first: Tile, second: Tile,
 ) -> Tensor:  # fmt: skip
-    """Routed experts plus `shared_TC`, what the shared expert made of x: four launches. Tiles alike in tokens."""
+    """Routed experts plus the shared one: four launches. Tiles alike in tokens.
+
+    `shared`, gate·up and down, is run by the same launches; or else `shared_TC` is what the shared expert made of x.
+    """
     tokens, top = expert_TR.shape
     device, dtype = x_TC.device, x_TC.dtype
     order, tiles = group(expert_TR, gate_up.experts, first.tokens)
-    inner = gate_up.row_bricks * 16 // 2
+    shared_tiles = 0 if shared is None else triton.cdiv(tokens, first.tokens)
 
-    def run(x: Tensor, w: Packed, tile: Tile, gated: bool, rows: int) -> Tensor:
+    def run(x: Tensor, shared_x: Tensor | None, w: Packed, beside: Packed | None, tile: Tile, gated: bool):
+        rows, shared_rows = (0 if p is None else p.row_bricks * 16 for p in (w, beside))
+        grid = max(rows, shared_rows) // tile.rows, len(tiles) + shared_tiles
+        rows, shared_rows = (n // 2 for n in (rows, shared_rows)) if gated else (w.n, beside.n if beside else 0)
         y = torch.empty(tokens * top, rows, device=device, dtype=dtype)
-        grouped_kernel[(w.row_bricks * 16 // tile.rows, len(tiles))](
+        shared_y = None if beside is None else torch.empty(tokens, shared_rows, device=device, dtype=dtype)
+        grouped_kernel[grid](
             x, x.stride(0), order, tiles, weight_TR, *w.tensors, w.bricks, w.groups, *_strides(w), y, rows, top,
-            BITS=w.bits, GROUP=w.group, GATED=gated, PTX=PTX, **tile.options,
+            shared_x, 0 if shared_x is None else shared_x.stride(0), *_shared(beside), shared_y, shared_rows, tokens,
+            shared_tiles,
+            BITS=w.bits, GROUP=w.group, **_shared_format(beside), GATED=gated, PTX=PTX, **tile.options,
         )  # fmt: skip
-        return y
+        return y, shared_y
 
-    routed = run(run(x_TC, gate_up, first, True, inner), down, second, False, down.n)
+    beside = shared or (None, None)
+    routed, shared_h = run(x_TC, x_TC if shared else None, gate_up, beside[0], first, True)
+    routed, made = run(routed, shared_h, down, beside[1], second, False)
     y = torch.empty(tokens, down.n, device=device, dtype=dtype)
-    combine_kernel[(tokens, triton.cdiv(down.n, 1024))](routed, shared_TC, y, down.n, TOP=top, BLOCK=1024)
+    combine_kernel[(tokens, triton.cdiv(down.n, 1024))](
+        routed, made if shared else shared_TC, y, down.n, TOP=top, BLOCK=1024
+    )
     return y
 
 
