@@ -25,14 +25,14 @@ closer to FP64 than the product with dequantized BF16 weights. No float atomics:
 **Launches.** A linear map is one, an MLP two (gate, up and SiLU in the first), a layer of experts for few tokens two,
 shared expert included, and for many tokens four (group, gate·up, down, combine) plus two for the shared expert. Between
 its projections a KDA layer is one launch, an MLA layer four (write the latent; absorb, attend, finish), the router two,
-a norm with the sum before it one.
+a norm with the sum before it one. A step asks the host for nothing and tunes nothing at first use: all of it can be
+captured in a CUDA graph, with grids that depend on the number of tokens only; its lengths and slots are read by the
+kernels. Tiles come from a table and fit the 99 KiB of shared memory of sm86 and sm89; attention alone takes a larger
+one, and as many parts as there are multiprocessors, where the card has them.
 
-In a chunk of a prompt the delta rule is flash-linear-attention's, with one launch before it (convolutions, norms, β) and one behind it (the
-gated norm); attention is torch's, with two before it (latents out of their pages, keys and values) and one behind each
-block of past latents. A step asks the host for nothing and tunes nothing at first use: all of it can be captured in a
-CUDA graph, with grids that depend on the number of tokens only; a step's lengths and slots are read by the kernels.
-Tiles come from a table and fit the 99 KiB of shared memory of sm86 and sm89; attention alone takes a larger one, and as
-many parts as there are multiprocessors, where the card has them.
+In a chunk of a prompt the delta rule is flash-linear-attention's, with one launch before it (convolutions, norms, β) and
+one behind it (the gated norm); attention is torch's, with two before it (latents out of their pages, keys and values)
+and one behind each block of past latents.
 
 16-bit weights go through the same kernels (a word is a BF16 value), for checkpoints that keep some matrices or all.
 Importing this package imports neither Triton nor a kernel.
