@@ -30,9 +30,9 @@ captured in a CUDA graph, with grids that depend on the number of tokens only; i
 kernels. Tiles come from a table and fit the 99 KiB of shared memory of sm86 and sm89; attention alone takes a larger
 one, and as many parts as there are multiprocessors, where the card has them.
 
-In a chunk of a prompt the delta rule is flash-linear-attention's, with one launch before it (convolutions, norms, β) and
-one behind it (the gated norm); attention is torch's, with two before it (latents out of their pages, keys and values)
-and one behind each block of past latents.
+In a chunk of a prompt the delta rule is flash-linear-attention's, with one launch before it (convolutions, norms, β)
+and one behind it (the gated norm); attention is torch's, with two before it (latents out of their pages, keys and
+values) and one behind each block of past latents.
 
 16-bit weights go through the same kernels (a word is a BF16 value), for checkpoints that keep some matrices or all.
 Importing this package imports neither Triton nor a kernel.

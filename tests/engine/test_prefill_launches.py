@@ -18,6 +18,9 @@ from tests.triton_interpreter import interpreting, needs_triton
 
 pytestmark = [needs_triton, pytest.mark.skipif(interpreting, reason="this process interprets kernels")]
 __all__ = ["card"]
+PRODUCTS = {
+    "linear_kernel", "unpack_kernel", "silu_mul_kernel", "group_kernel", "grouped_kernel", "combine_kernel",
+}  # fmt: skip
 VIEWS = NO_LAUNCH | {"transpose", "unbind", "alias"}
 
 
@@ -44,15 +47,18 @@ def chunk(layers, tokens, start, card):
 
 @pytest.mark.parametrize("start, parts", [(0, 1), (2048, 2)])
 def test_launches_of_a_layer(start, parts, card):
-    """The norms, two packed projections, the router's two, the experts' four and the shared expert's two, of which
-    torch's part is the router's input in FP32 and its product; and what is the mixer's own."""
-    (two, some), (three, more), (four, most) = (chunk(n, 2048, start, card) for n in (2, 3, 4))
-    kernels, products = 2 + 2 + 1 + 4 + 2, Counter(_to_copy=1, mm=1)
-    kda, mla = three - two, four - three
-    assert kda.total() == kernels + 2, kda
-    # Three products for the gates, and the state that the delta rule leaves.
-    assert more - some == products + Counter(mm=3, copy_=1)
-    # The latent is written; of every part it is read and made keys and values, and two parts are joined.
-    assert mla.total() == kernels + 1 + 2 * parts + (parts - 1), mla
-    # Joining leaves heads side by side, what one attention gives has to be copied.
-    assert most - more == products + Counter(mm=parts, clone=2 - parts)
+    """Beside products, whose kernels depend on their sizes, and the experts'."""
+    found = [chunk(n, 2048, start, card) for n in (2, 3, 4)]
+    (two, some), (three, more), (four, most) = ((without(k, PRODUCTS), without(o, {"mm"})) for k, o in found)
+    both = Counter(add_rms_norm_kernel=2, router_kernel=1)
+    assert three - two == both + Counter(prefill_inputs_kernel=1, gated_rms_norm_kernel=1)
+    # The router reads FP32; the delta rule leaves a state.
+    assert more - some == Counter(_to_copy=1, copy_=1)
+    # Each part's latents are read and made keys and values; parts are joined, one alone has to be copied.
+    own = Counter(write_latent_kernel=1, read_latent_kernel=parts, keys_values_kernel=parts, join_kernel=parts - 1)
+    assert four - three == both + +own
+    assert most - more == Counter(_to_copy=1) + Counter(clone=2 - parts)
+
+
+def without(count, names):
+    return Counter({name: n for name, n in count.items() if name not in names})
