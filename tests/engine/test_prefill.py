@@ -93,11 +93,10 @@ def test_mixers_on_a_gpu(monkeypatch):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_layer_on_a_gpu():
-    """Dense and with experts; a route or two may tip as well."""
+    """The dense one: rounding moves no routes there."""
     weights, state, x_SC, chunks = case("cuda", torch.bfloat16)
-    for layer in (0, KDA, MLA):
-        w, other = weights.layers[layer], new_state(CONFIG, layer, 1, torch.bfloat16, "cuda")
-        for chunk in chunks:
-            x = x_SC[chunk.start : chunk.stop]
-            h, delta = prefill_layer(CONFIG, layer, w, (x, None), state, chunk)
-            assert relative(h + delta, block(CONFIG, w.model, x[None], other)[0]) < 0.02
+    w, other = weights.layers[0], new_state(CONFIG, 0, 1, torch.bfloat16, "cuda")
+    for chunk in chunks:
+        x = x_SC[chunk.start : chunk.stop]
+        h, delta = prefill_layer(CONFIG, 0, w, (x, None), state, chunk)
+        assert relative(h + delta, block(CONFIG, w.model, x[None], other)[0]) < 2**-7

@@ -22,9 +22,9 @@ if can_run:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "dim", "taps"), [(3, 32, 4), (1, 16, 3), (2, 16, 2)])
-@pytest.mark.parametrize("lengths", [(1, 1, 2, 1), (2, 70, 3), (32, 33, 1), (97,)])
+@pytest.mark.parametrize("lengths", [(1, 1, 2, 1), (2, 70, 3), (32, 33, 1), (129, 97)])
 def test_prefill_inputs(lengths, heads, dim, taps, dtype):
-    """Chunk after chunk on one tail: shorter than the taps, around a tile's borders, several tiles."""
+    """Chunk after chunk on one tail: shorter than the taps, around a tile's borders, several tiles and programs."""
     width = heads * dim
     weights = (torch.randn(3 * width, taps) / taps**0.5).to(dtype)
     tail = torch.randn(3 * width, taps - 1).to(dtype)

@@ -20,6 +20,17 @@ def _columns(rows, channel, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _rows(rows, channel, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """`_columns` in FP32 with one load a channel: every program needs the taps, only a head's first its tail."""
+    j = tl.arange(0, BLOCK)[None, :]
+    values = tl.load(rows + channel[:, None] * COUNT + j, mask=j < COUNT, other=0.0).to(tl.float32)
+    columns = ()
+    for i in tl.static_range(COUNT):
+        columns = columns + (tl.sum(tl.where(j == i, values, 0.0), 1),)  # noqa: RUF005
+    return columns
+
+
+@triton.jit
 def _last(x, x_stride, tail, channel, count, W: tl.constexpr):
     """The last W − 1 inputs of `channel`, oldest first, as a tuple of [D]; those before the chunk are the tail's."""
     columns = ()
@@ -34,7 +45,7 @@ def _last(x, x_stride, tail, channel, count, W: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def prefill_inputs_kernel(
     qkv, qkv_stride, b, b_stride, taps, tail, out, beta, count, eps,
-    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """out [3, S, H·D]: q, k, v; β [S, H]; grid (3·heads, tiles of BS positions).
 
@@ -46,20 +57,20 @@ def prefill_inputs_kernel(
     channel = head * D + d
     s = tl.program_id(1) * BS + tl.arange(0, BS)
     exists = s < count
+    tap = _rows(taps, channel, W, BW)
     y = tl.zeros([BS, D], tl.float32)
     for i in tl.static_range(W):
         at = s + (i - (W - 1))
         rows = qkv + at[:, None].to(tl.int64) * qkv_stride + channel[None, :]
         x = tl.load(rows, mask=((at >= 0) & exists)[:, None], other=0.0).to(tl.float32)
-        y += x * tl.load(taps + channel * W + i).to(tl.float32)[None, :]
+        y += x * tap[i][None, :]
     if tl.program_id(1) == 0:
         past = _columns(tail, channel, W - 1)
         new = _last(qkv, qkv_stride, tail, channel, count, W)
         for i in tl.static_range(W - 1):
-            tap = tl.load(taps + channel * W + i).to(tl.float32)
             for j in tl.static_range(i, W - 1):
                 # Position j − i sees input j of the tail through tap i.
-                y += tl.where((s == j - i)[:, None], (past[j].to(tl.float32) * tap)[None, :], 0.0)
+                y += tl.where((s == j - i)[:, None], (past[j].to(tl.float32) * tap[i])[None, :], 0.0)
         # All have read by now what is overwritten here.
         tl.debug_barrier()
         for i in tl.static_range(W - 1):
@@ -87,6 +98,6 @@ def prefill_inputs(
     beta = torch.empty(count, heads, dtype=torch.float32, device=qkv_SF.device)
     prefill_inputs_kernel[(3 * heads, triton.cdiv(count, POSITIONS))](
         qkv_SF, qkv_SF.stride(0), b_SH, b_SH.stride(0), taps_FW, tail_FW, out, beta, count, L2_EPS,
-        H=heads, D=dim, W=taps_FW.shape[1], BS=POSITIONS, num_warps=4,
+        H=heads, D=dim, W=taps_FW.shape[1], BW=triton.next_power_of_2(taps_FW.shape[1]), BS=POSITIONS, num_warps=4,
     )  # fmt: skip
     return *out.unbind(), beta
