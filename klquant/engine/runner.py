@@ -16,12 +16,12 @@ from torch import Tensor
 
 from klquant.engine.decode import decode_layer, embed
 from klquant.engine.graphs import Graphs, Outputs, on
+from klquant.engine.prefill import ChunkRows, prefill_layer
 from klquant.engine.request import SamplingParams
 from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
 from klquant.engine.state import DeviceState
 from klquant.engine.weights import EngineWeights
 from klquant.kernels.norm.dispatch import add_rms_norm
-from klquant.model.block import block
 from klquant.model.weights import linear
 
 # Batch sizes that graphs are captured for; a smaller batch is padded. Beyond the last: multiples of 64.
@@ -79,19 +79,21 @@ class Runner:
         `after_layer` is called with (layer, stream after it), and before the first with (−1, embedded ids).
         """
         table = self.weights.embedding_VC
-        h_BSC = embed(torch.tensor([list(ids)], device=table.device), table)
+        h_SC, stop = embed(torch.tensor(ids, device=table.device), table), start + len(ids)
+        if after_layer:
+            after_layer(-1, h_SC)
         for stage in self.stages:
             with on(stage.device):
-                h_BSC = h_BSC.to(stage.device)
+                h_SC, delta_SC = h_SC.to(stage.device), None
+                chunk = ChunkRows.of(stage.state, slot, start, stop)
                 for layer in stage.layers:
+                    w = self.weights.layers[layer]
+                    h_SC, delta_SC = prefill_layer(self.cfg, layer, w, (h_SC, delta_SC), stage.state, chunk)
                     if after_layer:
-                        after_layer(layer - 1, h_BSC)
-                    state = stage.state.of_sequence(layer, slot, start)
-                    h_BSC = block(self.cfg, self.weights.layers[layer].model, h_BSC, state)
-                stage.state.length[slot] = start + len(ids)
-        if after_layer:
-            after_layer(self.cfg.num_layers - 1, h_BSC)
-        return h_BSC
+                        after_layer(layer, h_SC + delta_SC)
+                h_SC = h_SC + delta_SC
+                stage.state.length[slot] = stop
+        return h_SC[None]
 
     @torch.no_grad()
     def first_token(self, h_BSC: Tensor, slot: int, position: int, mode: Mode) -> Chosen:

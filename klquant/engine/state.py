@@ -12,35 +12,12 @@ import torch
 from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.kernels.mla.dispatch import write_latent
-from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages, read_latent
+from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
 from klquant.model.kda import KDAState
 
 # Bits of a latent value → dtype of the pages; None is the activations' own. INT8 and not FP8: with a scale for every
 # token its steps are the finer ones, unless a value is ten times what the others deviate.
 CACHE_BITS = {16: None, 8: torch.int8}
-
-
-@dataclass(frozen=True)
-class PagedLatents:
-    """One sequence's latents of one layer, as `klquant.model.mla` asks for them.
-
-    What attention sees of a token is what its page holds, rounding included, from the first time on.
-    """
-
-    pages: LatentPages
-    table_M: Tensor
-    length: int
-    dtype: torch.dtype
-
-    def append(self, kv_a_BSL: Tensor, norm: Tensor) -> None:
-        position_T = torch.arange(self.length, self.length + kv_a_BSL.shape[1], device=kv_a_BSL.device)
-        write_latent(kv_a_BSL[0], norm, self.pages, page_position(self.table_M, position_T))
-
-    def read(self, start: int, stop: int) -> Tensor:
-        first = start // PAGE_SIZE
-        latent = read_latent(self.pages, self.table_M[first:], stop - first * PAGE_SIZE, self.dtype)
-        return latent[None, start - first * PAGE_SIZE :]
 
 
 def page_position(table_M: Tensor, position_T: Tensor) -> Tensor:
@@ -62,16 +39,12 @@ class StepRows:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """`kda` and `latent` by layer, KDA tensors with a row a slot. length [N + 1] and table [N + 1, M] int32.
-
-    dtype: of the activations.
-    """
+    """`kda` and `latent` by layer, KDA tensors with a row a slot. length [N + 1] and table [N + 1, M] int32."""
 
     kda: dict[int, KDAState]
     latent: dict[int, LatentPages]
     length: Tensor
     table: Tensor
-    dtype: torch.dtype
 
     @classmethod
     def empty(
@@ -87,7 +60,6 @@ class DeviceState:
             latent={i: LatentPages.empty(pages, cfg.latent_dim, cache_dtype, device) for i in layers if cfg.is_mla(i)},
             length=torch.zeros(slots + 1, dtype=torch.int32, device=device),
             table=torch.zeros(slots + 1, most, dtype=torch.int32, device=device),
-            dtype=dtype,
         )
 
     def bind(self, slot: int, pages: Sequence[int]) -> None:
@@ -100,13 +72,6 @@ class DeviceState:
         for state in self.kda.values():
             state.conv[slot] = 0
             state.s[slot] = 0
-
-    def of_sequence(self, layer: int, slot: int, length: int) -> KDAState | PagedLatents:
-        """What `layer` remembers of the slot's sequence, whose first `length` tokens are in it."""
-        if layer in self.latent:
-            return PagedLatents(self.latent[layer], self.table[slot], length, self.dtype)
-        state = self.kda[layer]
-        return KDAState(state.conv[slot : slot + 1], state.s[slot : slot + 1])
 
     def advance(self, slot_B: Tensor) -> StepRows:
         """Count one more token for every row and say where it goes."""

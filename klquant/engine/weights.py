@@ -1,8 +1,7 @@
 """What the engine holds of a model. Shape suffixes as in `klquant.model.weights`; W = taps of a short convolution.
 
-Every weight is held once. `EngineLayer.model` is the layer as `klquant.model` runs it over whole chunks;
-`EngineLayer.fused` arranges the same storage for steps of a token a sequence: maps that read the same input lie in one
-weight below each other, and the maps in `model` are row views of it.
+Every weight is held once. `EngineLayer.fused` is the mixer as the engine runs it: maps that read the same input lie in
+one weight below each other. `EngineLayer.model` is the layer as `klquant.model` runs it, its maps row views of those.
 
 On a GPU quantized weights stay packed (`QuantLinear`, `QuantMLP`, `QuantExperts`), routed experts, shared experts and
 dense MLPs are packed whatever their bits, and other 16-bit matrices are plain tensors for `torch`'s own product. On a
@@ -38,10 +37,10 @@ class Stacked:
 
 @dataclass(frozen=True)
 class FusedKDA:
-    """A KDA layer for single steps.
+    """A KDA mixer.
 
     qkv [3F, C]: q, k, v. low [2D + H, C]: f_a, g_a, b. taps_FW [3F, W]: the convolutions of q, k, v, contiguous.
-    A_log [H] and dt_bias [F] FP32. f_b, g_b [F, D]: always plain, for one kernel does all between the projections.
+    A_log [H] and dt_bias [F] FP32. f_b, g_b [F, D]: always plain, for a step's kernel reads them.
     o_norm [D]; o_proj [C, F].
     """
 
@@ -58,7 +57,7 @@ class FusedKDA:
 
 @dataclass(frozen=True)
 class FusedMLA:
-    """An MLA layer for single steps.
+    """An MLA mixer.
 
     q_kv_a [H·qk + L, C]: q, then the latent and the shared key part. kv_a_norm [kv_rank]. kv_b [H·(nope + v), kv_rank]:
     always plain, for absorbed attention reads it both ways. o_proj [C, H·v].
@@ -72,7 +71,7 @@ class FusedMLA:
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One layer, whole on one device. The MLP and the norms are those of `model` on both paths."""
+    """One layer, whole on one device. The MLP and the norms are those of `model`."""
 
     model: LayerWeights
     fused: FusedKDA | FusedMLA

@@ -2,7 +2,7 @@
 
     S_t = (I − β_t k_t k_tᵀ) diag(exp g_t) S_{t−1} + β_t k_t v_tᵀ        o_t = S_tᵀ q_t / √D
 
-with q and k l2-normed here (arXiv 2510.26692). All four functions take
+with q and k l2-normed here, unless they are `normed` already (arXiv 2510.26692). All four functions take
 q, k, v [B, S, H, D], g [B, S, H, D] FP32 ≤ 0, β [B, S, H] FP32, state [B, H, D, D] (key × value) FP32 or None (zeros),
 and return (o [B, S, H, D], state after the last position) in at least FP32; kda_chunk_fla's o has v's dtype.
 """
@@ -46,10 +46,32 @@ def has_fla() -> bool:
     return importlib.util.find_spec("fla") is not None
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, *, normed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Run the function that `delta_path` names."""
     run = {"step": kda_step, "chunk": kda_chunk, "chunk_fla": kda_chunk_fla}[delta_path(q.device, q.dtype, q.shape[1])]
-    return run(q, k, v, g, beta, state)
+    return run(q, k, v, g, beta, state, normed=normed)
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, raw: Tensor, A_log: Tensor, dt_bias: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule` for q and k that are normed, from what g is made of: raw [B, S, H, D] as `log_decay` takes it.
+
+    fla's kernel makes g itself, so that it is not written out.
+    """
+    if delta_path(q.device, q.dtype, q.shape[1]) == "chunk_fla":
+        gate = {"use_gate_in_kernel": True, "A_log": A_log, "dt_bias": dt_bias}
+        return kda_chunk_fla(q, k, v, raw, beta, state, normed=True, **gate)
+    g = log_decay(raw.flatten(-2), A_log, dt_bias).unflatten(-1, raw.shape[-2:])
+    return delta_rule(q, k, v, g, beta, state, normed=True)
+
+
+def log_decay(raw_BSF: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """g = −exp(A_log) · softplus(raw + dt_bias): the log decay [B, S, F] of each state row, FP32, ≤ 0."""
+    raw = widen(raw_BSF) + dt_bias
+    return -A_log.exp().repeat_interleave(raw.shape[-1] // A_log.shape[0]) * F.softplus(raw)
 
 
 def kda_naive(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None):
@@ -61,9 +83,12 @@ def kda_naive(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: T
     return torch.cat(steps, 1), state
 
 
-def kda_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None):
+def kda_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, *, normed: bool = False
+) -> tuple[Tensor, Tensor]:
     """One position (S = 1)."""
-    q, k, v, beta = (x[:, 0] for x in (l2_norm(q), l2_norm(k), widen(v), beta))  # [B, H, D], β [B, H]
+    unit = widen if normed else l2_norm
+    q, k, v, beta = (x[:, 0] for x in (unit(q), unit(k), widen(v), beta))  # [B, H, D], β [B, H]
     if state is None:
         state = q.new_zeros(*q.shape, v.shape[-1])
     state = state * g[:, 0].exp()[..., None]
@@ -74,8 +99,9 @@ def kda_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Te
 
 
 def kda_chunk(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, *, chunk: int = 64
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, *, chunk: int = 64,
+    normed: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The recurrence `chunk` positions (a power of two) at a time, in plain torch; differentiable.
 
     On a CPU a few heads of one sequence are a unit of work: they stay in a core's cache, and the units, not the
@@ -86,7 +112,7 @@ def kda_chunk(
     if state is None:
         state = widen(q).new_zeros(B, H, D, D)
     units = [
-        (*(x[i : i + b, :, j : j + h] for x in (q, k, v, g, beta)), state[i : i + b, j : j + h], chunk)
+        (*(x[i : i + b, :, j : j + h] for x in (q, k, v, g, beta)), state[i : i + b, j : j + h], chunk, normed)
         for i in range(0, B, b)
         for j in range(0, H, h)
     ]
@@ -113,7 +139,9 @@ def _share(run: Callable, units: list) -> list:
         torch.set_num_threads(threads)
 
 
-def _scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def _scan(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int, normed: bool
+) -> tuple[Tensor, Tensor]:
     """`kda_chunk` of one unit: `_within` does what needs no state, then the state goes from chunk to chunk."""
     B, S, H, D = q.shape
     chunk = min(chunk, 1 << (S - 1).bit_length())
@@ -125,7 +153,8 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tenso
         x = F.pad(x, (0, 0, 0, 0, 0, n * chunk - S)).view(B, n, chunk, H, -1)
         return x.permute(1, 0, 3, 2, 4).reshape(n * rows, chunk, -1)
 
-    inputs = [cut(x) for x in (l2_norm(q) * D**-0.5, l2_norm(k), widen(v), g, beta[..., None])]
+    unit = widen if normed else l2_norm
+    inputs = [cut(x) for x in (unit(q) * D**-0.5, unit(k), widen(v), g, beta[..., None])]
     slab = max(1, SLAB // rows) * rows
     s = state.flatten(0, 1)
     outs = []
@@ -187,10 +216,17 @@ def _join(blocks: Tensor, low: Tensor) -> Tensor:
     return torch.cat([top, torch.cat([low, blocks[:, :, 1]], -1)], -2)
 
 
-def kda_chunk_fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None):
-    """flash-linear-attention's Triton kernel; CUDA only. Its state is FP32, its products take q's dtype."""
+def kda_chunk_fla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, *, normed: bool = False,
+    **gate: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """flash-linear-attention's Triton kernel; CUDA only. Its state is FP32, its products take q's dtype.
+
+    `gate`: its arguments for making g itself.
+    """
     from fla.ops.kda import chunk_kda
 
     return chunk_kda(
-        q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
-    )
+        q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True,
+        use_qk_l2norm_in_kernel=not normed, **gate,
+    )  # fmt: skip

@@ -94,6 +94,7 @@ def _continued(cfg: KimiLinearConfig, w: MLAWeights, q_BSHK: Tensor, cache: Late
     """
     q = q_BSHK.transpose(1, 2)
     o, total = part_attention(q, *_expand(cfg, w, cache.read(before, before + q.shape[2])), causal=True)
+    o = widen(o)
     for start in range(0, before, LATENT_BLOCK):
         past, log_sum = part_attention(q, *_expand(cfg, w, cache.read(start, min(start + LATENT_BLOCK, before))))
         joined = torch.logaddexp(total, log_sum)
@@ -114,8 +115,8 @@ def _expand(cfg: KimiLinearConfig, w: MLAWeights, latent_BSL: Tensor) -> tuple[T
 def part_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ / √D) v over part of the keys, and the logarithm of its sum of exponentials [B, H, S] ≥ FP32.
 
-    q, k, v [B, H, ·, D]; causal needs as many keys as queries. What PyTorch's scaled_dot_product_attention calls,
-    which does not return the sums.
+    q, k, v [B, H, ·, D], the result in their dtype; causal needs as many keys as queries. What PyTorch's
+    scaled_dot_product_attention calls, which does not return the sums.
     """
     if q.device.type != "cuda":
         o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
@@ -123,7 +124,7 @@ def part_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tup
         o, log_sum, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     else:
         o, log_sum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-    return widen(o), log_sum[..., : q.shape[2]]
+    return o, log_sum[..., : q.shape[2]]
 
 
 def _absorbed(cfg: KimiLinearConfig, kv_b: Tensor, q_BSHK: Tensor, latent_BSL: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def test_decode_is_prefill_is_chunked_prefill_is_the_model(model, weights, monke
     ids = random_ids(length)
     with torch.no_grad():
         want = model.logits(torch.tensor([ids]))[0]
-    for chunk in (17, 64, 200):
+    for chunk in (2, 17, 64, 200):
         runner = make_runner(weights)
         begin(runner, 1, [3, 9, 4])
         assert (prefill_logits(runner, ids, 1, chunk) - want).abs().max() < 1e-4

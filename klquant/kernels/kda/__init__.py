@@ -1,1 +1,1 @@
-"""One position of Kimi Delta Attention for a batch of sequences."""
+"""Kimi Delta Attention between its projections: one position of a batch of sequences, a chunk of one sequence."""

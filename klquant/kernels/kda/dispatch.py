@@ -1,4 +1,4 @@
-"""KDA's decode step as the engine sees it: Triton on a CUDA device, plain torch elsewhere."""
+"""KDA between its projections as the engine sees it: Triton on a CUDA device, plain torch elsewhere."""
 
 from torch import Tensor
 
@@ -20,3 +20,19 @@ def kda_decode(
     from klquant.kernels.kda import triton
 
     return triton.kda_decode(qkv, low, w, conv_pool, s_pool, slot_B, eps)
+
+
+def prefill_inputs(
+    qkv_SF: Tensor, b_SH: Tensor, taps_FW: Tensor, tail_FW: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the delta rule of S positions of one sequence reads: (q, k, v [S, H, D] in qkv's dtype, β [S, H] FP32).
+
+    qkv [S, 3·F]: the three projections; b [S, H]; rows of both may be strided. taps [3·F, W]. q, k and v are convolved
+    and passed through SiLU, q and k then l2-normed, each rounded to qkv's dtype; β = sigmoid(b). tail [3·F, W − 1],
+    qkv's dtype, contiguous: the inputs before the first position, replaced by the last ones. One launch.
+    """
+    if not qkv_SF.is_cuda:
+        return reference.prefill_inputs(qkv_SF, b_SH, taps_FW, tail_FW)
+    from klquant.kernels.kda import prefill
+
+    return prefill.prefill_inputs(qkv_SF, b_SH, taps_FW, tail_FW)

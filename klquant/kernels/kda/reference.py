@@ -1,4 +1,4 @@
-"""A decode step of KDA in plain torch: the path of a CPU. arXiv 2510.26692."""
+"""KDA between its projections in plain torch, a step or a chunk: the path of a CPU. arXiv 2510.26692."""
 
 import torch
 import torch.nn.functional as F
@@ -37,3 +37,31 @@ def kda_decode(
     gate = F.linear(g_a, w.g_b).unflatten(-1, (H, D))
     out_BF[lives] = gated_rms_norm(o, gate, w.o_norm, eps).flatten(-2).to(qkv.dtype)
     return out_BF
+
+
+def prefill_inputs(
+    qkv_SF: Tensor, b_SH: Tensor, taps_FW: Tensor, tail_FW: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`klquant.kernels.kda.dispatch.prefill_inputs`, in the dtype of the activations."""
+    heads = b_SH.shape[1]
+    mixed_SF = F.silu(short_conv(qkv_SF[None], taps_FW, tail_FW[None])[0]).to(qkv_SF.dtype)
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in mixed_SF.chunk(3, -1))
+    return l2_norm(q).to(q.dtype), l2_norm(k).to(k.dtype), v, torch.sigmoid(widen(b_SH))
+
+
+def short_conv(x_BSF: Tensor, taps_FW: Tensor, tail: Tensor | None = None) -> Tensor:
+    """Causal convolution of each channel: y_t = Σ_i taps_i · x_{t−W+1+i}, in at least FP32.
+
+    `tail` [B, F, W − 1] holds the inputs before the first position (zeros without it) and is replaced by the last ones.
+    """
+    B, S, width = x_BSF.shape
+    W = taps_FW.shape[1]
+    past = x_BSF.new_zeros(B, W - 1, width) if tail is None else tail.mT
+    padded = torch.cat([past, x_BSF], 1)
+    if tail is not None:
+        tail.copy_(padded[:, S:].mT)
+    padded, taps_WF = widen(padded), widen(taps_FW).t().contiguous()
+    y = padded[:, :S] * taps_WF[0]
+    for i in range(1, W):
+        y = torch.addcmul(y, padded[:, i : i + S], taps_WF[i])
+    return y

@@ -1,7 +1,7 @@
 """What a KDA layer needs between its projections.
 
 Shape suffixes of `klquant.kernels.kda`: B = sequences, H = heads, D = head size, F = H·D, W = taps of a convolution,
-R = width of the gates' bottleneck.
+S = positions of a chunk, R = width of the gates' bottleneck.
 """
 
 from dataclasses import dataclass

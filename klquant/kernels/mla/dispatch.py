@@ -1,4 +1,4 @@
-"""MLA's cache and decode step as the engine sees them: Triton on a CUDA device, plain torch elsewhere."""
+"""MLA's cache, its decode step and what surrounds a chunk's attention: Triton on a CUDA device, else plain torch."""
 
 import torch
 from torch import Tensor
@@ -40,3 +40,43 @@ def mla_decode(
         card.shared_memory_per_block_optin >> 10,
     )  # fmt: skip
     return triton.mla_decode(q_BHK, kv_b, pages, page_table_BM, length_B, scale, tile)
+
+
+def read_latent(pages: LatentPages, table_M: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Latents [stop − start, L] of the positions of a sequence whose pages are `table_M` (int32), as values of `dtype`:
+    one launch."""
+    if not table_M.is_cuda:
+        first = start // PAGE_SIZE
+        latent = reference.read_latent(pages, table_M[first:], stop - first * PAGE_SIZE, dtype)
+        return latent[start - first * PAGE_SIZE :]
+    from klquant.kernels.mla import prefill
+
+    return prefill.read_latent(pages, table_M, start, stop, dtype)
+
+
+def keys_values(kv_TF: Tensor, shared_TR: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
+    """Keys [H, T, nope + R] and values [H, T, ≥ v], views of other layouts: one launch.
+
+    kv [T, H·(nope + v)] contiguous: what kv_b makes of latents. shared [T, R]: the key part that heads share; rows may
+    be strided. Attention kernels want values no narrower than keys: zeros follow.
+    """
+    if not kv_TF.is_cuda:
+        return reference.keys_values(kv_TF, shared_TR, heads, nope)
+    from klquant.kernels.mla import prefill
+
+    return prefill.keys_values(kv_TF, shared_TR, heads, nope)
+
+
+def join(
+    a: Tensor, a_sum: Tensor, b: Tensor, b_sum: Tensor, v_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention to two sets of keys as one to both: (o [H, S, v_dim] of `dtype`, log-sum [H, S]), one launch.
+
+    a, b [H, S, ≥ v_dim], in any layout with contiguous heads; a_sum, b_sum [H, S] FP32: the logarithms of the sets'
+    sums of exponentials. (e^a_sum a + e^b_sum b) / (e^a_sum + e^b_sum), in FP32.
+    """
+    if not a.is_cuda:
+        return reference.join(a, a_sum, b, b_sum, v_dim, dtype)
+    from klquant.kernels.mla import prefill
+
+    return prefill.join(a, a_sum, b, b_sum, v_dim, dtype)

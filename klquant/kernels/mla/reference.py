@@ -1,6 +1,7 @@
-"""Writing latents and attending to them in plain torch: the path of a CPU."""
+"""Writing latents, attending to them, and what surrounds a chunk's attention in plain torch: the path of a CPU."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.kernels.mla.pages import CODE_MAX, LatentPages, read_latent
@@ -38,3 +39,19 @@ def mla_decode(
             weight = (widen(q_BHL[b] @ latent.T) * scale).softmax(-1).to(latent.dtype)
             out[b] = torch.einsum("hl,hvl->hv", weight @ latent[:, :rank], to_v)
     return out.flatten(1)
+
+
+def keys_values(kv_TF: Tensor, shared_TR: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
+    kv_HTK = kv_TF.unflatten(-1, (heads, -1)).transpose(0, 1)
+    k, v = kv_HTK.split([nope, kv_HTK.shape[-1] - nope], -1)
+    k = torch.cat([k, shared_TR.expand(heads, -1, -1)], -1)
+    missing = k.shape[-1] - v.shape[-1]
+    return k, F.pad(v, (0, missing)) if missing > 0 else v
+
+
+def join(
+    a: Tensor, a_sum: Tensor, b: Tensor, b_sum: Tensor, v_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    total = torch.logaddexp(a_sum, b_sum)
+    a, b = (widen(o[..., :v_dim]) * (part - total).exp()[..., None] for o, part in ((a, a_sum), (b, b_sum)))
+    return (a + b).to(dtype), total

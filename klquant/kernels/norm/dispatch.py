@@ -1,4 +1,4 @@
-"""The norm in front of a mixer or an MLP, and the sum before it: Triton on a CUDA device, plain torch elsewhere."""
+"""The norm in front of a mixer or an MLP with the sum before it, and KDA's: Triton on a CUDA device, else torch."""
 
 from torch import Tensor
 
@@ -12,3 +12,15 @@ def add_rms_norm(h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: f
     from klquant.kernels.norm import triton
 
     return triton.add_rms_norm(h_TC, delta_TC, weight_C, eps)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight · sigmoid(gate) over the last dimension, in FP32 and rounded once to gate's dtype.
+
+    x [.., D] in any dtype and gate [.., D], both contiguous: one launch.
+    """
+    if not x.is_cuda:
+        return reference.gated_rms_norm(x, gate, weight_D, eps).to(gate.dtype)
+    from klquant.kernels.norm import triton
+
+    return triton.gated_rms_norm(x, gate, weight_D, eps)

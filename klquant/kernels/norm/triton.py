@@ -1,4 +1,4 @@
-"""h + delta and its RMSNorm, one program a token."""
+"""h + delta and its RMSNorm, one program a token; the gated norm of heads, one program for some of them."""
 
 import torch
 import triton
@@ -43,3 +43,30 @@ def add_rms_norm(h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: f
         eps, BLOCK=block, num_warps=min(8, max(1, block // 256)),
     )  # fmt: skip
     return h_TC if total is None else total, normed
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gated_rms_norm_kernel(x, gate, weight, out, rows, eps, D: tl.constexpr, BLOCK: tl.constexpr, BR: tl.constexpr):
+    """out [rows, D]; grid (tiles of BR rows,)."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    d = tl.arange(0, BLOCK)
+    inside = (r < rows)[:, None] & (d < D)[None, :]
+    at = r[:, None].to(tl.int64) * D + d[None, :]
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    y = y * tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None] * w[None, :] * tl.sigmoid(g)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """One launch."""
+    assert x.is_contiguous() and gate.is_contiguous(), "the heads of a position must be contiguous"
+    dim = x.shape[-1]
+    block = triton.next_power_of_2(dim)
+    rows, out = x.numel() // dim, torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    tile = max(1, 4096 // block)
+    gated_rms_norm_kernel[(triton.cdiv(rows, tile),)](
+        x, gate, weight_D, out, rows, eps, D=dim, BLOCK=block, BR=tile, num_warps=4
+    )
+    return out

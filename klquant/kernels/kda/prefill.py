@@ -1,0 +1,103 @@
+"""What KDA's delta rule reads of a chunk, in one kernel: a program has some positions of one head's q, k or v."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from klquant.kernels.norm.reference import L2_EPS
+
+POSITIONS = 32
+
+
+@triton.jit
+def _columns(rows, channel, COUNT: tl.constexpr):
+    """The COUNT values that each channel has in `rows` [channels, COUNT], as a tuple of [D]."""
+    columns = ()
+    for i in tl.static_range(COUNT):
+        columns = columns + (tl.load(rows + channel * COUNT + i),)  # noqa: RUF005 (Triton has no stars)
+    return columns
+
+
+@triton.jit
+def _rows(rows, channel, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """`_columns` in FP32 with one load a channel: every program needs the taps, only a head's first its tail."""
+    j = tl.arange(0, BLOCK)[None, :]
+    values = tl.load(rows + channel[:, None] * COUNT + j, mask=j < COUNT, other=0.0).to(tl.float32)
+    columns = ()
+    for i in tl.static_range(COUNT):
+        columns = columns + (tl.sum(tl.where(j == i, values, 0.0), 1),)  # noqa: RUF005
+    return columns
+
+
+@triton.jit
+def _last(x, x_stride, tail, channel, count, W: tl.constexpr):
+    """The last W − 1 inputs of `channel`, oldest first, as a tuple of [D]; those before the chunk are the tail's."""
+    columns = ()
+    for i in tl.static_range(W - 1):
+        at = count - (W - 1) + i
+        new = tl.load(x + tl.maximum(at, 0).to(tl.int64) * x_stride + channel, mask=(channel >= 0) & (at >= 0))
+        old = tl.load(tail + channel * (W - 1) + at + (W - 1), mask=(channel >= 0) & (at < 0))
+        columns = columns + (tl.where(at >= 0, new, old),)  # noqa: RUF005
+    return columns
+
+
+@triton.jit(do_not_specialize=["count"])
+def prefill_inputs_kernel(
+    qkv, qkv_stride, b, b_stride, taps, tail, out, beta, count, eps,
+    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """out [3, S, H·D]: q, k, v; β [S, H]; grid (3·heads, tiles of BS positions).
+
+    Of all programs only a head's first reads the head's tail, and having read it puts the new one there.
+    """
+    DTYPE: tl.constexpr = qkv.dtype.element_ty
+    head = tl.program_id(0)
+    d = tl.arange(0, D)
+    channel = head * D + d
+    s = tl.program_id(1) * BS + tl.arange(0, BS)
+    exists = s < count
+    tap = _rows(taps, channel, W, BW)
+    y = tl.zeros([BS, D], tl.float32)
+    for i in tl.static_range(W):
+        at = s + (i - (W - 1))
+        rows = qkv + at[:, None].to(tl.int64) * qkv_stride + channel[None, :]
+        x = tl.load(rows, mask=((at >= 0) & exists)[:, None], other=0.0).to(tl.float32)
+        y += x * tap[i][None, :]
+    if tl.program_id(1) == 0:
+        past = _columns(tail, channel, W - 1)
+        new = _last(qkv, qkv_stride, tail, channel, count, W)
+        for i in tl.static_range(W - 1):
+            for j in tl.static_range(i, W - 1):
+                # Position j − i sees input j of the tail through tap i.
+                y += tl.where((s == j - i)[:, None], (past[j].to(tl.float32) * tap[i])[None, :], 0.0)
+        # All have read by now what is overwritten here.
+        tl.debug_barrier()
+        for i in tl.static_range(W - 1):
+            tl.store(tail + channel * (W - 1) + i, new[i])
+    y = (y * tl.sigmoid(y)).to(DTYPE)
+    part = head // H
+    head = head % H
+    if part < 2:
+        x = y.to(tl.float32)
+        y = (x / tl.sqrt(tl.sum(x * x, 1) + eps)[:, None]).to(DTYPE)
+    to = (part.to(tl.int64) * count + s)[:, None] * (H * D) + (head * D + d)[None, :]
+    tl.store(out + to, y, mask=exists[:, None])
+    if part == 2:
+        logit = tl.load(b + s.to(tl.int64) * b_stride + head, mask=exists, other=0.0).to(tl.float32)
+        tl.store(beta + s * H + head, tl.sigmoid(logit), mask=exists)
+
+
+def prefill_inputs(
+    qkv_SF: Tensor, b_SH: Tensor, taps_FW: Tensor, tail_FW: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """One launch. D is a power of two."""
+    count, heads = b_SH.shape
+    dim = qkv_SF.shape[1] // (3 * heads)
+    out = torch.empty(3, count, heads, dim, dtype=qkv_SF.dtype, device=qkv_SF.device)
+    beta = torch.empty(count, heads, dtype=torch.float32, device=qkv_SF.device)
+    prefill_inputs_kernel[(3 * heads, triton.cdiv(count, POSITIONS))](
+        qkv_SF, qkv_SF.stride(0), b_SH, b_SH.stride(0), taps_FW, tail_FW, out, beta, count, L2_EPS,
+        H=heads, D=dim, W=taps_FW.shape[1], BW=triton.next_power_of_2(taps_FW.shape[1]), BS=POSITIONS, num_warps=4,
+    )  # fmt: skip
+    return *out.unbind(), beta

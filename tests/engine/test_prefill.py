@@ -1,0 +1,102 @@
+"""A layer of a chunk through the fused weights is `klquant.model`'s, chunk after chunk; on a GPU but for rounding."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from klquant.engine import prefill
+from klquant.engine.build import OneDevice
+from klquant.engine.prefill import ChunkRows, prefill_layer
+from klquant.engine.state import DeviceState
+from klquant.engine.synthetic import random_weights, synthetic_outline
+from klquant.model.block import block, new_state
+from klquant.model.kda import kda_mix
+from klquant.model.mla import mla_mix
+from tests.recipe.build import index
+
+# Heads as wide as the 48B's.
+CONFIG = index(
+    hidden_size=512, moe_intermediate_size=256, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=512,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    linear_attn_config={
+        "full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 128, "num_heads": 4, "short_conv_kernel_size": 4,
+    },
+)[0]  # fmt: skip
+KDA, MLA, SLOT = 1, 3, 2
+# Shorter than the taps, around a tile's and a block's borders. One position alone is a step of decoding.
+CHUNKS = (2, 3, 65, 64, 2, 200)
+
+
+def case(device, dtype):
+    torch.manual_seed(0)
+    places = OneDevice(torch.device(device), CONFIG.num_layers, packed=device == "cuda")
+    weights = random_weights(synthetic_outline(CONFIG, "int4"), places, dtype)
+    sizes = {"slots": 4, "pages": 9, "max_context": 512, "cache_bits": 16}
+    state = DeviceState.empty(CONFIG, range(CONFIG.num_layers), **sizes, dtype=dtype, device=places.device)
+    state.bind(SLOT, [8, 3, 5, 0, 7, 1])
+    state.clear(SLOT)
+    starts = [sum(CHUNKS[:i]) for i in range(len(CHUNKS) + 1)]
+    x_SC = torch.randn(starts[-1], CONFIG.hidden_size, device=device).to(dtype)
+    chunks = [ChunkRows.of(state, SLOT, a, b) for a, b in pairwise(starts)]
+    return weights, state, x_SC, chunks
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def check_mixers(device, dtype, limit, monkeypatch):
+    """Each chunk by both paths from states of their own; past latents in more than one block."""
+    monkeypatch.setattr("klquant.model.mla.LATENT_BLOCK", 50)
+    weights, state, x_SC, chunks = case(device, dtype)
+    for layer, ours, models in ((KDA, prefill.kda_mix, kda_mix), (MLA, prefill.mla_mix, mla_mix)):
+        w, other = weights.layers[layer], new_state(CONFIG, layer, 1, dtype, device)
+        for chunk in chunks:
+            x = x_SC[chunk.start : chunk.stop]
+            got = ours(CONFIG, layer, w.fused, x, state, chunk)
+            want = models(CONFIG, w.model.attn, x[None], other)[0]
+            assert got.dtype == dtype
+            assert relative(got, want) < limit, (layer, chunk.start)
+        if layer == KDA:
+            assert relative(state.kda[layer].s[SLOT], other.s[0]) < limit
+            # Three products of other shapes made what the fused one did.
+            assert relative(state.kda[layer].conv[SLOT], other.conv[0]) < limit
+
+
+@torch.no_grad()
+def test_mixers(monkeypatch):
+    check_mixers("cpu", torch.float32, 1e-5, monkeypatch)
+
+
+@torch.no_grad()
+def test_one_position_is_a_step():
+    """Chunks of 1 among others, in FP32."""
+    weights, state, x_SC, _ = case("cpu", torch.float32)
+    for layer in (KDA, MLA):
+        w, other, start = weights.layers[layer], new_state(CONFIG, layer, 1, torch.float32, "cpu"), 0
+        for length in (1, 1, 70, 1, 1):
+            x = x_SC[start : start + length]
+            chunk = ChunkRows.of(state, SLOT, start, start + length)
+            h, delta = prefill_layer(CONFIG, layer, w, (x, None), state, chunk)
+            assert relative(h + delta, block(CONFIG, w.model, x[None], other)[0]) < 1e-5
+            start += length
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_mixers_on_a_gpu(monkeypatch):
+    """Both paths round to BF16 at the same places: they differ where the order of FP32 sums tips a rounding."""
+    check_mixers("cuda", torch.bfloat16, 2**-7, monkeypatch)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_layer_on_a_gpu():
+    """The dense one: rounding moves no routes there."""
+    weights, state, x_SC, chunks = case("cuda", torch.bfloat16)
+    w, other = weights.layers[0], new_state(CONFIG, 0, 1, torch.bfloat16, "cuda")
+    for chunk in chunks:
+        x = x_SC[chunk.start : chunk.stop]
+        h, delta = prefill_layer(CONFIG, 0, w, (x, None), state, chunk)
+        assert relative(h + delta, block(CONFIG, w.model, x[None], other)[0]) < 2**-7
