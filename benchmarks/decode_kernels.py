@@ -3,8 +3,8 @@
     PYTHONPATH=. python3 benchmarks/decode_kernels.py [--only kda|mla|write|norm|router] [--sweep] [--out decode.json]
 
 Times are of CUDA graph replays, divided by the calls in the graph; those walk over enough copies of weights, states and
-pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times MLA with other
-tiles and numbers of parts beside the ones `decode_tile` gives.
+pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times KDA and MLA
+with other tiles and numbers of parts beside the ones their `decode_tile` gives.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from torch import Tensor
 from benchmarks.timing import copies_for, copy_rate, time_us
 from klquant.kernels.kda import reference as kda_reference
 from klquant.kernels.kda.dispatch import KDADecode, kda_decode
+from klquant.kernels.kda.tiles import TILES as KDA_TILES
+from klquant.kernels.kda.tiles import Tile as KDATile
 from klquant.kernels.mla import reference as mla_reference
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, read_latent
@@ -77,7 +79,7 @@ def doubled(w: KDADecode) -> KDADecode:
     return KDADecode(**{name: t.double() for name, t in vars(w).items()})
 
 
-def kda_case(batch: int) -> Case:
+def kda_case(batch: int, tile: KDATile | None = None) -> Case:
     width = HEADS * DIM
     state_bytes = 4 * HEADS * DIM * DIM + 2 * 3 * width * (TAPS - 1)
     nbytes = 2 * batch * state_bytes + 2 * 2 * width * LOW + 2 * batch * (4 * width + 2 * LOW + HEADS)
@@ -96,14 +98,24 @@ def kda_case(batch: int) -> Case:
     qkv, low = bf16(batch, 3 * width), bf16(batch, 2 * LOW + HEADS)
 
     def run(i: int) -> Tensor:
-        return kda_decode(qkv, low, weights[i], conv[i], s[i], slot, EPS)
+        if tile is None:
+            return kda_decode(qkv, low, weights[i], conv[i], s[i], slot, EPS)
+        from klquant.kernels.kda import triton
+
+        return triton.kda_decode(qkv, low, weights[i], conv[i], s[i], slot, EPS, tile)
 
     def check() -> float:
         exact = doubled(weights[0]), conv[0].double(), s[0].double()
         want = kda_reference.kda_decode(qkv.double(), low.double(), *exact, slot, EPS)
         return max(error(run(0), want), error(s[0][slot.long()], exact[2][slot.long()]))
 
-    return Case("kda_decode", batch, 0, run, copies, check, nbytes)
+    name = "kda_decode" + (f" {tile.splits}/{tile.warps}{' early' if tile.early else ''}" if tile else "")
+    return Case(name, batch, 0, run, copies, check, nbytes)
+
+
+def kda_tiles() -> list[KDATile]:
+    """Those this card can run."""
+    return [tile for tile in KDA_TILES if not tile.early or torch.cuda.get_device_capability() >= (9, 0)]
 
 
 def random_pages(count: int, dtype: torch.dtype) -> LatentPages:
@@ -199,6 +211,8 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
     for batch in BATCHES:
         if only in (None, "kda"):
             yield kda_case(batch)
+            for tile in kda_tiles() if sweep else ():
+                yield kda_case(batch, tile)
         if only in (None, "norm"):
             yield norm_case(batch)
         if only in (None, "router"):
