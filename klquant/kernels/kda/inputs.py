@@ -85,6 +85,8 @@ def kda_inputs_kernel(
                 tl.store(to + Q * D, q)
                 tl.store(to + K * D, k)
                 tl.store(product + row * H + head, tl.sum(q * k, 0))
+                # All have read by now what is overwritten here.
+                tl.debug_barrier()
                 _shift(tail, q_window, channel, W)
                 _shift(tail, k_window, channel + F, W)
             else:
@@ -92,6 +94,7 @@ def kda_inputs_kernel(
                 v_taps = _columns(taps, channel + 2 * F, W)
                 tl.store(to + VALUE * D, _mix(v_window, v_taps, W, DTYPE))
                 tl.store(turn + row * H + head, 0)
+                tl.debug_barrier()
                 _shift(tail, v_window, channel + 2 * F, W)
     else:
         PARTS: tl.constexpr = D // BD

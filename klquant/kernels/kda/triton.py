@@ -67,6 +67,8 @@ def kda_state_kernel(
         o = asked + along * update
         s += k[:, None] * update[None, :]
         if SPLITS == 1:
+            # Where a small state has fewer values than its program threads, several read what one overwrites.
+            tl.debug_barrier()
             tl.store(s_at, s)
             tl.store(to + v, (o * tl.rsqrt(tl.sum(o * o, 0) / D + eps) * gate).to(DTYPE))
         else:
