@@ -1,6 +1,6 @@
 """Time a decode step's kernels at the shapes of Kimi-Linear-48B, each only after its result was checked against FP64.
 
-    PYTHONPATH=. python3 benchmarks/decode_kernels.py [--only kda|mla|write|norm|router] [--sweep] [--out decode.json]
+    PYTHONPATH=. python3 benchmarks/decode_kernels.py [--only kda|mla|write|norm|router|draw] [--sweep] [--out FILE]
 
 Times are of CUDA graph replays, divided by the calls in the graph; those walk over enough copies of weights, states and
 pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times KDA and MLA
@@ -30,10 +30,13 @@ from klquant.kernels.moe import reference as moe_reference
 from klquant.kernels.moe.dispatch import route_tokens
 from klquant.kernels.norm import reference as norm_reference
 from klquant.kernels.norm.dispatch import add_rms_norm
+from klquant.kernels.sample import reference as sample_reference
+from klquant.kernels.sample.dispatch import draw
 
 HIDDEN, HEADS, DIM, TAPS, LOW = 2304, 32, 128, 4, 128
 RANK, ROPE, NOPE, V = 512, 64, 128, 128
 EXPERTS, TOP, SCALING = 256, 8, 2.446
+VOCAB = 163_840
 BATCHES, CONTEXTS = (1, 8, 32), (128, 16 << 10, 128 << 10)
 STORED = {"BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn, "INT8": torch.int8}
 SCALE = (NOPE + ROPE) ** -0.5
@@ -190,6 +193,46 @@ def norm_case(tokens: int) -> Case:
     return Case("add_rms_norm", tokens, 0, lambda i: add_rms_norm(h[i], delta[i], weight, EPS), copies, check, nbytes)
 
 
+def low_case(tokens: int, fused: bool) -> Case:
+    """A norm and what KDA's gates and b read of it."""
+    rows = 2 * LOW + HEADS
+    nbytes = 2 * rows * HIDDEN + 2 * 4 * tokens * HIDDEN
+    copies = copies_for(nbytes)
+    h, delta, weight = bf16(copies, tokens, HIDDEN), bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
+    proj = bf16(copies, rows, HIDDEN, scale=HIDDEN**-0.5)
+
+    def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        if fused:
+            from klquant.kernels.norm import triton
+
+            return triton.add_rms_norm_linear(h[i], delta[i], weight, EPS, proj[i])
+        total, normed = add_rms_norm(h[i], delta[i], weight, EPS)
+        return total, normed, normed @ proj[i].T
+
+    def check() -> float:
+        total, normed, out = run(0)
+        assert torch.equal(total, h[0] + delta[0])
+        want = norm_reference.rms_norm(total.double(), weight.double(), EPS)
+        return max(error(normed, want), error(out, normed.double() @ proj[0].double().T))
+
+    return Case(f"norm_low {'fused' if fused else 'apart'}", tokens, 0, run, copies, check, nbytes)
+
+
+def draw_case(batch: int, noise: bool) -> Case:
+    copies = copies_for(2 * batch * VOCAB)
+    z, seed = bf16(copies, batch, VOCAB, scale=4.0), torch.arange(batch, device="cuda")
+    temperature = torch.ones(batch, device="cuda") if noise else None
+
+    def run(i: int) -> Tensor:
+        return draw(z[i], temperature, seed, seed, seed)
+
+    def check() -> float:
+        drawn = sample_reference.perturb(z[0], temperature, seed, seed, None) if noise else z[0].float()
+        return error(drawn.gather(-1, run(0)[:, None])[:, 0], drawn.amax(-1).double())
+
+    return Case(f"draw {'noise' if noise else 'greedy'}", batch, 0, run, copies, check, 2 * batch * VOCAB)
+
+
 def router_case(tokens: int) -> Case:
     nbytes = 4 * EXPERTS * HIDDEN + 2 * tokens * HIDDEN
     copies = copies_for(nbytes)
@@ -215,6 +258,12 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
                 yield kda_case(batch, tile)
         if only in (None, "norm"):
             yield norm_case(batch)
+            for tokens in {1: (1, 2, 4), 8: (8,)}.get(batch, ()):
+                yield low_case(tokens, fused=True)
+                yield low_case(tokens, fused=False)
+        if only in (None, "draw"):
+            yield draw_case(batch, noise=False)
+            yield draw_case(batch, noise=True)
         if only in (None, "router"):
             yield router_case(batch)
         for stored in STORED:
@@ -248,7 +297,7 @@ def measure(case: Case) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("decode.json"))
-    parser.add_argument("--only", choices=("kda", "mla", "write", "norm", "router"))
+    parser.add_argument("--only", choices=("kda", "mla", "write", "norm", "router", "draw"))
     parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -60,6 +60,10 @@ def steps(dtype: torch.dtype) -> Iterator:
     h, weight = meta(4, HIDDEN, dtype=dtype), meta(HIDDEN, dtype=dtype)
     yield lambda: norm.add_rms_norm(h, h, weight, 1e-5)
     yield lambda: norm.add_rms_norm(h, None, weight, 1e-5)
+    for tokens in (1, 2, 4):
+        h = meta(tokens, HIDDEN, dtype=dtype)
+        low = meta(2 * LOW + HEADS, HIDDEN, dtype=dtype)
+        yield lambda h=h, low=low: norm.add_rms_norm_linear(h, h, weight, 1e-5, low)
     for tokens in (1, 2, 4, 8, 64):
         x = meta(tokens, HIDDEN, dtype=dtype)
         yield lambda x=x: router.route_tokens(x, floats(EXPERTS, HIDDEN), floats(EXPERTS), TOP, 2.446, True)

@@ -72,6 +72,21 @@ def test_add_rms_norm(width, dtype):
     assert error(normed, norm_reference.rms_norm(h.double(), weight.double(), 1e-5)) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width", "rows"), [(1, 1100, 5), (3, 40, 7)])
+def test_add_rms_norm_linear(tokens, width, rows, dtype):
+    """Sum and norm are the norm kernel's, the map is exact but for its last rounding."""
+    h, delta, weight = (torch.randn(*s).to(dtype) for s in ((tokens, width), (tokens, width), (width,)))
+    proj = (torch.randn(rows, width) / width**0.5).to(dtype)
+    for beside in (strided(delta), None):
+        args = strided(h), beside, weight.to(DEVICE), 1e-5
+        total, normed, out = norm_triton.add_rms_norm_linear(*args, proj.to(DEVICE))
+        want_total, want = norm_triton.add_rms_norm(*args)
+        assert torch.equal(total, want_total)
+        assert error(normed, want.cpu().double()) < LIMIT[dtype]
+        assert error(out, normed.cpu().double() @ proj.double().T) < LIMIT[dtype]
+
+
 def kda_case(heads: int, dim: int, rank: int, taps: int, dtype: torch.dtype) -> KDADecode:
     width = heads * dim
     return KDADecode(

@@ -51,6 +51,9 @@ def kda_state_kernel(
         step = tl.sigmoid(tl.load(beta + row.to(tl.int64) * beta_stride + head).to(tl.float32))
         if EARLY:
             gdc_wait()
+        else:
+            # Or the compiler would ask for a part of the state only when the parts before it are there.
+            tl.debug_barrier()
         # All of it is on its way before any of it changes its place.
         at = mid + (row * H + head) * (KINDS * D)
         decay = tl.load(at + DECAY * D + d)
