@@ -1,10 +1,10 @@
 """Time a decode step's kernels at the shapes of Kimi-Linear-48B, each only after its result was checked against FP64.
 
-    PYTHONPATH=. python3 benchmarks/decode_kernels.py [--only kda|mla|write|norm|router] [--sweep] [--out decode.json]
+    PYTHONPATH=. python3 benchmarks/decode_kernels.py [--only kda|mla|write|norm|router|draw] [--sweep] [--out FILE]
 
 Times are of CUDA graph replays, divided by the calls in the graph; those walk over enough copies of weights, states and
-pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times MLA with other
-tiles and numbers of parts beside the ones `decode_tile` gives.
+pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times KDA and MLA
+with other tiles and numbers of parts beside the ones their `decode_tile` gives.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from torch import Tensor
 from benchmarks.timing import copies_for, copy_rate, time_us
 from klquant.kernels.kda import reference as kda_reference
 from klquant.kernels.kda.dispatch import KDADecode, kda_decode
+from klquant.kernels.kda.tiles import TILES as KDA_TILES
+from klquant.kernels.kda.tiles import Tile as KDATile
 from klquant.kernels.mla import reference as mla_reference
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, read_latent
@@ -28,10 +30,13 @@ from klquant.kernels.moe import reference as moe_reference
 from klquant.kernels.moe.dispatch import route_tokens
 from klquant.kernels.norm import reference as norm_reference
 from klquant.kernels.norm.dispatch import add_rms_norm
+from klquant.kernels.sample import reference as sample_reference
+from klquant.kernels.sample.dispatch import draw
 
 HIDDEN, HEADS, DIM, TAPS, LOW = 2304, 32, 128, 4, 128
 RANK, ROPE, NOPE, V = 512, 64, 128, 128
 EXPERTS, TOP, SCALING = 256, 8, 2.446
+VOCAB = 163_840
 BATCHES, CONTEXTS = (1, 8, 32), (128, 16 << 10, 128 << 10)
 STORED = {"BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn, "INT8": torch.int8}
 SCALE = (NOPE + ROPE) ** -0.5
@@ -77,7 +82,7 @@ def doubled(w: KDADecode) -> KDADecode:
     return KDADecode(**{name: t.double() for name, t in vars(w).items()})
 
 
-def kda_case(batch: int) -> Case:
+def kda_case(batch: int, tile: KDATile | None = None) -> Case:
     width = HEADS * DIM
     state_bytes = 4 * HEADS * DIM * DIM + 2 * 3 * width * (TAPS - 1)
     nbytes = 2 * batch * state_bytes + 2 * 2 * width * LOW + 2 * batch * (4 * width + 2 * LOW + HEADS)
@@ -96,14 +101,24 @@ def kda_case(batch: int) -> Case:
     qkv, low = bf16(batch, 3 * width), bf16(batch, 2 * LOW + HEADS)
 
     def run(i: int) -> Tensor:
-        return kda_decode(qkv, low, weights[i], conv[i], s[i], slot, EPS)
+        if tile is None:
+            return kda_decode(qkv, low, weights[i], conv[i], s[i], slot, EPS)
+        from klquant.kernels.kda import triton
+
+        return triton.kda_decode(qkv, low, weights[i], conv[i], s[i], slot, EPS, tile)
 
     def check() -> float:
         exact = doubled(weights[0]), conv[0].double(), s[0].double()
         want = kda_reference.kda_decode(qkv.double(), low.double(), *exact, slot, EPS)
         return max(error(run(0), want), error(s[0][slot.long()], exact[2][slot.long()]))
 
-    return Case("kda_decode", batch, 0, run, copies, check, nbytes)
+    name = "kda_decode" + (f" {tile.splits}/{tile.warps}{' early' if tile.early else ''}" if tile else "")
+    return Case(name, batch, 0, run, copies, check, nbytes)
+
+
+def kda_tiles() -> list[KDATile]:
+    """Those this card can run."""
+    return [tile for tile in KDA_TILES if not tile.early or torch.cuda.get_device_capability() >= (9, 0)]
 
 
 def random_pages(count: int, dtype: torch.dtype) -> LatentPages:
@@ -178,6 +193,46 @@ def norm_case(tokens: int) -> Case:
     return Case("add_rms_norm", tokens, 0, lambda i: add_rms_norm(h[i], delta[i], weight, EPS), copies, check, nbytes)
 
 
+def low_case(tokens: int, fused: bool) -> Case:
+    """A norm and what KDA's gates and b read of it."""
+    rows = 2 * LOW + HEADS
+    nbytes = 2 * rows * HIDDEN + 2 * 4 * tokens * HIDDEN
+    copies = copies_for(nbytes)
+    h, delta, weight = bf16(copies, tokens, HIDDEN), bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
+    proj = bf16(copies, rows, HIDDEN, scale=HIDDEN**-0.5)
+
+    def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        if fused:
+            from klquant.kernels.norm import triton
+
+            return triton.add_rms_norm_linear(h[i], delta[i], weight, EPS, proj[i])
+        total, normed = add_rms_norm(h[i], delta[i], weight, EPS)
+        return total, normed, normed @ proj[i].T
+
+    def check() -> float:
+        total, normed, out = run(0)
+        assert torch.equal(total, h[0] + delta[0])
+        want = norm_reference.rms_norm(total.double(), weight.double(), EPS)
+        return max(error(normed, want), error(out, normed.double() @ proj[0].double().T))
+
+    return Case(f"norm_low {'fused' if fused else 'apart'}", tokens, 0, run, copies, check, nbytes)
+
+
+def draw_case(batch: int, noise: bool) -> Case:
+    copies = copies_for(2 * batch * VOCAB)
+    z, seed = bf16(copies, batch, VOCAB, scale=4.0), torch.arange(batch, device="cuda")
+    temperature = torch.ones(batch, device="cuda") if noise else None
+
+    def run(i: int) -> Tensor:
+        return draw(z[i], temperature, seed, seed, seed)
+
+    def check() -> float:
+        drawn = sample_reference.perturb(z[0], temperature, seed, seed, None) if noise else z[0].float()
+        return error(drawn.gather(-1, run(0)[:, None])[:, 0], drawn.amax(-1).double())
+
+    return Case(f"draw {'noise' if noise else 'greedy'}", batch, 0, run, copies, check, 2 * batch * VOCAB)
+
+
 def router_case(tokens: int) -> Case:
     nbytes = 4 * EXPERTS * HIDDEN + 2 * tokens * HIDDEN
     copies = copies_for(nbytes)
@@ -199,8 +254,16 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
     for batch in BATCHES:
         if only in (None, "kda"):
             yield kda_case(batch)
+            for tile in kda_tiles() if sweep else ():
+                yield kda_case(batch, tile)
         if only in (None, "norm"):
             yield norm_case(batch)
+            for tokens in {1: (1, 2, 4), 8: (8,)}.get(batch, ()):
+                yield low_case(tokens, fused=True)
+                yield low_case(tokens, fused=False)
+        if only in (None, "draw"):
+            yield draw_case(batch, noise=False)
+            yield draw_case(batch, noise=True)
         if only in (None, "router"):
             yield router_case(batch)
         for stored in STORED:
@@ -234,7 +297,7 @@ def measure(case: Case) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("decode.json"))
-    parser.add_argument("--only", choices=("kda", "mla", "write", "norm", "router"))
+    parser.add_argument("--only", choices=("kda", "mla", "write", "norm", "router", "draw"))
     parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():

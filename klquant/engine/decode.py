@@ -9,12 +9,12 @@ from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.engine.state import DeviceState, StepRows
-from klquant.engine.weights import EngineLayer, FusedKDA, FusedMLA
+from klquant.engine.weights import EngineLayer, FusedKDA
 from klquant.kernels.kda.dispatch import kda_decode
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.moe.dispatch import route_tokens
-from klquant.kernels.norm.dispatch import add_rms_norm
+from klquant.kernels.norm.dispatch import add_rms_norm, add_rms_norm_linear
 from klquant.model.moe import mlp, moe
 from klquant.model.weights import MoEWeights, PackedMoE, linear
 
@@ -25,31 +25,38 @@ def decode_layer(
     cfg: KimiLinearConfig, layer: int, w: EngineLayer, stream: Stream, state: DeviceState, rows: StepRows
 ) -> Stream:
     """Layer `layer` for one token a row: (h, delta) [B, C] → (h, delta). State is updated in place."""
-    h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps)
     mix = kda_mix if isinstance(w.fused, FusedKDA) else mla_mix
-    mixed = linear(mix(cfg, layer, w.fused, x_BC, state, rows), w.fused.o_proj)
+    h_BC, mixed_BF = mix(cfg, layer, w, stream, state, rows)
+    mixed = linear(mixed_BF, w.fused.o_proj)
     h_BC, x_BC = add_rms_norm(h_BC, mixed, w.model.post_norm, cfg.rms_eps)
     return h_BC, feed(cfg, w.model.mlp, x_BC)
 
 
 def kda_mix(
-    cfg: KimiLinearConfig, layer: int, w: FusedKDA, x_BC: Tensor, state: DeviceState, rows: StepRows
-) -> Tensor:  # fmt: skip
-    """[B, C] → [B, F]; rows of padding give 0."""
-    pool = state.kda[layer]
-    between = KDADecode(w.taps_FW, w.A_log, w.dt_bias, w.f_b, w.g_b, w.o_norm)
-    return kda_decode(linear(x_BC, w.qkv), linear(x_BC, w.low), between, pool.conv, pool.s, rows.slot_B, cfg.rms_eps)
+    cfg: KimiLinearConfig, layer: int, w: EngineLayer, stream: Stream, state: DeviceState, rows: StepRows
+) -> tuple[Tensor, Tensor]:
+    """(h, delta) → their sum [B, C] and what the output projection reads [B, F], 0 in rows of padding."""
+    pool, fused = state.kda[layer], w.fused
+    if isinstance(fused.low, Tensor):
+        h_BC, x_BC, low_BL = add_rms_norm_linear(*stream, w.model.input_norm, cfg.rms_eps, fused.low)
+    else:
+        h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps)
+        low_BL = linear(x_BC, fused.low)
+    between = KDADecode(fused.taps_FW, fused.A_log, fused.dt_bias, fused.f_b, fused.g_b, fused.o_norm)
+    qkv = linear(x_BC, fused.qkv)
+    return h_BC, kda_decode(qkv, low_BL, between, pool.conv, pool.s, rows.slot_B, cfg.rms_eps)
 
 
 def mla_mix(
-    cfg: KimiLinearConfig, layer: int, w: FusedMLA, x_BC: Tensor, state: DeviceState, rows: StepRows
-) -> Tensor:  # fmt: skip
-    """[B, C] → [B, H·v]; rows of padding give 0."""
-    pages = state.latent[layer]
-    q, kv_a = linear(x_BC, w.q_kv_a).split([cfg.num_heads * cfg.qk_dim, cfg.latent_dim], -1)
-    write_latent(kv_a, w.kv_a_norm, pages, rows.position_B)
+    cfg: KimiLinearConfig, layer: int, w: EngineLayer, stream: Stream, state: DeviceState, rows: StepRows
+) -> tuple[Tensor, Tensor]:
+    """(h, delta) → their sum [B, C] and what the output projection reads [B, H·v], 0 in rows of padding."""
+    pages, fused = state.latent[layer], w.fused
+    h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps)
+    q, kv_a = linear(x_BC, fused.q_kv_a).split([cfg.num_heads * cfg.qk_dim, cfg.latent_dim], -1)
+    write_latent(kv_a, fused.kv_a_norm, pages, rows.position_B)
     q_BHK = q.unflatten(-1, (cfg.num_heads, cfg.qk_dim))
-    return mla_decode(q_BHK, w.kv_b, pages, rows.table_BM, rows.length_B, cfg.qk_dim**-0.5)
+    return h_BC, mla_decode(q_BHK, fused.kv_b, pages, rows.table_BM, rows.length_B, cfg.qk_dim**-0.5)
 
 
 def feed(cfg: KimiLinearConfig, w: object, x_BC: Tensor) -> Tensor:

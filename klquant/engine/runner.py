@@ -22,6 +22,7 @@ from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
 from klquant.engine.state import DeviceState
 from klquant.engine.weights import EngineWeights
 from klquant.kernels.norm.dispatch import add_rms_norm
+from klquant.kernels.step.dispatch import embed_next
 from klquant.model.weights import linear
 
 # Batch sizes that graphs are captured for; a smaller batch is padded. Beyond the last: multiples of 64.
@@ -180,7 +181,7 @@ class Runner:
         stage = self.stages[number]
         rows = stage.state.advance(slot_B)
         if not stream:
-            stream = (embed(self.next_token[rows.index_B], self.weights.embedding_VC),)
+            stream = (embed_next(self.next_token, rows.index_B, self.weights.embedding_VC),)
         h_BC, delta_BC = stream[0], None
         for layer in stage.layers:
             h_BC, delta_BC = decode_layer(
@@ -190,7 +191,7 @@ class Runner:
             return (h_BC + delta_BC,)
         head = self.weights.head
         _, x_BC = add_rms_norm(h_BC, delta_BC, head.norm, self.cfg.rms_eps)
-        chosen = sample(linear(x_BC, head.proj), self.sampling, rows.index_B, rows.length_B.long(), mode)
+        chosen = sample(linear(x_BC, head.proj), self.sampling, rows.index_B, rows.length_B, mode)
         if self.next_token.device == stage.device:
             self.next_token[rows.index_B] = chosen.token
         return chosen.tensors()

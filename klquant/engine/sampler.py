@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from klquant.engine.request import MAX_LOGPROBS, SamplingParams
-from klquant.kernels.sample.dispatch import perturb
+from klquant.kernels.sample.dispatch import draw, perturb
 
 # greedy: the likeliest token. plain: temperature only. full: sorting, penalty and logprobs as well.
 Mode = Literal["greedy", "plain", "full"]
@@ -76,25 +76,24 @@ class SamplingState:
 
 
 def sample(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor, mode: Mode) -> Chosen:
-    """One token a row, for the positions int64 [B] that they will have. In mode "full" `state.seen` is updated."""
-    best_B, token_B = logits_BV.max(-1)  # NaN wins
-    good_B = best_B.isfinite()
-    report: tuple[Tensor, ...] = ()
-    if mode == "plain":
-        token_B = _draw(logits_BV, state, slot_B, position_B).argmax(-1)
-    if mode == "full":
-        z_BV = logits_BV.float()
-        logp_BV = z_BV.log_softmax(-1)
-        seen_BV, penalty_B1 = state.seen[slot_B], state.penalty[slot_B, None]
-        z_BV = torch.where(seen_BV, torch.where(z_BV > 0, z_BV / penalty_B1, z_BV * penalty_B1), z_BV)
-        z_BV, order_BV = z_BV.sort(dim=-1, descending=True, stable=True)
-        z_BV = _narrow(z_BV, state, slot_B)
-        rank_B1 = _draw(z_BV, state, slot_B, position_B, order_BV).argmax(-1, keepdim=True)
-        token_B = order_BV.gather(-1, rank_B1)[:, 0]
-        state.seen[slot_B, token_B] = torch.ones_like(good_B)
-        top = logp_BV.topk(min(MAX_LOGPROBS, logp_BV.shape[1]), -1)
-        report = logp_BV.gather(-1, token_B[:, None])[:, 0], top.indices, top.values
-    return Chosen(torch.where(good_B, token_B, -1), *report)
+    """One token a row, for the positions [B] that they will have. In mode "full" `state.seen` is updated."""
+    if mode != "full":
+        temperature_N = None if mode == "greedy" else state.temperature
+        return Chosen(draw(logits_BV, temperature_N, state.seed, slot_B, position_B))
+    best_B = logits_BV.max(-1).values  # NaN wins
+    z_BV = logits_BV.float()
+    logp_BV = z_BV.log_softmax(-1)
+    seen_BV, penalty_B1 = state.seen[slot_B], state.penalty[slot_B, None]
+    z_BV = torch.where(seen_BV, torch.where(z_BV > 0, z_BV / penalty_B1, z_BV * penalty_B1), z_BV)
+    z_BV, order_BV = z_BV.sort(dim=-1, descending=True, stable=True)
+    z_BV = _narrow(z_BV, state, slot_B)
+    row_B = state.temperature[slot_B], state.seed[slot_B], position_B
+    rank_B1 = perturb(z_BV, *row_B, order_BV).argmax(-1, keepdim=True)
+    token_B = order_BV.gather(-1, rank_B1)[:, 0]
+    state.seen[slot_B, token_B] = torch.ones_like(best_B, dtype=torch.bool)
+    top = logp_BV.topk(min(MAX_LOGPROBS, logp_BV.shape[1]), -1)
+    report = logp_BV.gather(-1, token_B[:, None])[:, 0], top.indices, top.values
+    return Chosen(torch.where(best_B.isfinite(), token_B, -1), *report)
 
 
 def _narrow(z_BV: Tensor, state: SamplingState, slot_B: Tensor) -> Tensor:
@@ -106,10 +105,3 @@ def _narrow(z_BV: Tensor, state: SamplingState, slot_B: Tensor) -> Tensor:
     before_BV = p_BV.cumsum(-1) - p_BV
     out_BV = (before_BV >= state.top_p[slot_B, None]) | (p_BV < state.min_p[slot_B, None] * p_BV[:, :1])
     return z_BV.masked_fill(out_BV & (rank_V > 0), float("-inf"))
-
-
-def _draw(
-    z_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor, token_BV: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    """What has to be largest for a token to be drawn; greedy rows get no noise."""
-    return perturb(z_BV, state.temperature[slot_B], state.seed[slot_B], position_B, token_BV)

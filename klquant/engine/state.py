@@ -13,6 +13,7 @@ from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
+from klquant.kernels.step.dispatch import advance
 from klquant.model.kda import KDAState
 
 # Bits of a latent value → dtype of the pages; None is the activations' own. INT8 and not FP8: with a scale for every
@@ -75,11 +76,4 @@ class DeviceState:
 
     def advance(self, slot_B: Tensor) -> StepRows:
         """Count one more token for every row and say where it goes."""
-        real_B = slot_B >= 0
-        index_B = torch.where(real_B, slot_B, len(self.length) - 1).long()
-        self.length.index_add_(0, index_B, real_B.int())
-        table_BM, length_B = self.table[index_B], torch.where(real_B, self.length[index_B], 0)
-        last_B = (length_B - 1).clamp_min(0).long()
-        page_B = table_BM.gather(1, last_B[:, None] // PAGE_SIZE)[:, 0].long()
-        position_B = torch.where(real_B, page_B * PAGE_SIZE + last_B % PAGE_SIZE, -1)
-        return StepRows(slot_B, index_B, table_BM, length_B, position_B)
+        return StepRows(slot_B, *advance(slot_B, self.length, self.table))

@@ -6,8 +6,10 @@
     moe/          router, grouping (routes sorted by expert), triton, tiles, reference, dispatch (QuantExperts)
     kda/          a position of Kimi Delta Attention between its projections, the states updated in place by slot; what
                   the delta rule reads of a chunk
+    step/         where the tokens of a step go, and their embeddings
+    sample/       the noise that makes the largest logit a draw
     mla/          pages of latents in 16 or 8 bits, writing to them, absorbed attention to them; around that of a chunk
-    norm/         h + delta and its RMSNorm; KDA's gated norm; the norms that the model itself uses
+    norm/         h + delta and its RMSNorm, with a small linear map of it; KDA's gated norm; those that the model uses
 
 **Bytes.** At batch 1 a step of the 48B is reading 2.5 GB of weights once; arithmetic does not matter until some hundred
 tokens share a weight. So the layout is made for reading: a weight is repacked once at load into 1 KiB bricks of 16 rows
@@ -24,11 +26,12 @@ closer to FP64 than the product with dequantized BF16 weights. No float atomics:
 
 **Launches.** A linear map is one, an MLP two (gate, up and SiLU in the first), a layer of experts for few tokens two,
 shared expert included, and for many tokens four (group, gate·up, down, combine) plus two for the shared expert. Between
-its projections a KDA layer is one launch, an MLA layer four (write the latent; absorb, attend, finish), the router two,
-a norm with the sum before it one. A step asks the host for nothing and tunes nothing at first use: all of it can be
-captured in a CUDA graph, with grids that depend on the number of tokens only; its lengths and slots are read by the
-kernels. Tiles come from a table and fit the 99 KiB of shared memory of sm86 and sm89; attention alone takes a larger
-one, and as many parts as there are multiprocessors, where the card has them.
+its projections a KDA layer is two launches (what the states meet, the states), an MLA layer four (write the latent;
+absorb, attend, finish), the router two, a norm with the sum before it one; a step begins with two and ends with three.
+Nothing asks the host, nothing is tuned at first use: all of it can be captured in a CUDA graph, with grids that depend
+on the number of tokens only; a step's lengths and slots are read by the kernels. Tiles come from a table and fit the 99
+KiB of shared memory of sm86 and sm89; attention alone takes a larger one, and as many parts as there are
+multiprocessors, where the card has them.
 
 In a chunk of a prompt the delta rule is flash-linear-attention's, with one launch before it (convolutions, norms, β)
 and one behind it (the gated norm); attention is torch's, with two before it (latents out of their pages, keys and

@@ -64,13 +64,13 @@ def test_launches_of_a_layer(batch, experts, card):
     """Both norms, the projections, the router's two and the experts'; and what is the mixer's own."""
     (two, some), (three, more), (four, most) = (step(n, batch, "greedy", card) for n in (2, 3, 4))
     common = 2 + 2 + 2 + experts
-    assert three - two == common + 1  # KDA's step; what its gates read is a product of torch's
+    assert three - two == common + 2  # KDA's step; what its gates read is in its norm's launch, or a product of torch's
     assert four - three == common + 4  # one writes the latent, three attend
-    assert more - some == Counter(mm=1)
+    assert more - some == (Counter() if batch == 1 else Counter(mm=1))
     assert most == more
 
 
-@pytest.mark.parametrize("mode, most", [("greedy", 35), ("plain", 40), ("full", 75)])
+@pytest.mark.parametrize("mode, most", [("greedy", 1), ("plain", 1), ("full", 47)])
 def test_operations_beside_the_layers(mode, most, card):
     """And none of them waits for the card."""
     _, operations = step(4, 4, mode, card)

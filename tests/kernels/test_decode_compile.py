@@ -3,12 +3,13 @@
 Each launch is compiled for one of the cards in turn; with `-m slow` for all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import cycle
 
 import pytest
 import torch
 
+from klquant.kernels.kda.tiles import TILES, Tile
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.mla.pages import LatentPages
 from klquant.kernels.mla.tiles import decode_tile
@@ -27,22 +28,29 @@ def floats(*shape: int) -> torch.Tensor:
     return meta(*shape, dtype=torch.float32)
 
 
-def steps(dtype: torch.dtype) -> Iterator:
-    """The launches that do not depend on the card."""
+def kda_steps(dtype: torch.dtype, tiles: Iterable[Tile]) -> Iterator:
     from klquant.kernels.kda import triton as kda
-    from klquant.kernels.mla import write
-    from klquant.kernels.moe import router
-    from klquant.kernels.norm import triton as norm
 
     width = HEADS * DIM
     w = KDADecode(
         meta(3 * width, TAPS, dtype=dtype), floats(HEADS), floats(width), meta(width, LOW, dtype=dtype),
         meta(width, LOW, dtype=dtype), meta(DIM, dtype=dtype),
     )  # fmt: skip
-    yield lambda: kda.kda_decode(
-        meta(4, 3 * width, dtype=dtype), meta(4, 2 * LOW + HEADS, dtype=dtype), w,
-        meta(9, 3 * width, TAPS - 1, dtype=dtype), floats(9, HEADS, DIM, DIM), meta(4, dtype=torch.int32), 1e-5,
-    )  # fmt: skip
+    for tile in tiles:
+        yield lambda tile=tile: kda.kda_decode(
+            meta(4, 3 * width, dtype=dtype), meta(4, 2 * LOW + HEADS, dtype=dtype), w,
+            meta(9, 3 * width, TAPS - 1, dtype=dtype), floats(9, HEADS, DIM, DIM), meta(4, dtype=torch.int32), 1e-5,
+            tile,
+        )  # fmt: skip
+
+
+def steps(dtype: torch.dtype) -> Iterator:
+    """The launches that do not depend on the card."""
+    from klquant.kernels.mla import write
+    from klquant.kernels.moe import router
+    from klquant.kernels.norm import triton as norm
+
+    yield from kda_steps(dtype, [tile for tile in TILES if not tile.early])
     for stored in STORED:
         pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
         kv_a, position = meta(4, RANK + ROPE, dtype=dtype), meta(4, dtype=torch.int64)
@@ -52,6 +60,10 @@ def steps(dtype: torch.dtype) -> Iterator:
     h, weight = meta(4, HIDDEN, dtype=dtype), meta(HIDDEN, dtype=dtype)
     yield lambda: norm.add_rms_norm(h, h, weight, 1e-5)
     yield lambda: norm.add_rms_norm(h, None, weight, 1e-5)
+    for tokens in (1, 2, 4):
+        h = meta(tokens, HIDDEN, dtype=dtype)
+        low = meta(2 * LOW + HEADS, HIDDEN, dtype=dtype)
+        yield lambda h=h, low=low: norm.add_rms_norm_linear(h, h, weight, 1e-5, low)
     for tokens in (1, 2, 4, 8, 64):
         x = meta(tokens, HIDDEN, dtype=dtype)
         yield lambda x=x: router.route_tokens(x, floats(EXPERTS, HIDDEN), floats(EXPERTS), TOP, 2.446, True)
@@ -76,6 +88,12 @@ def attends(monkeypatch, card: int, dtype: torch.dtype = torch.bfloat16) -> list
 def test_decode_launches(monkeypatch):
     found = launches(monkeypatch, steps(torch.bfloat16))
     assert not problems(zip(found, cycle(CARDS), strict=False))
+
+
+def test_what_starts_early(monkeypatch):
+    """Instructions that a card has from sm90 on."""
+    found = launches(monkeypatch, kda_steps(torch.bfloat16, [tile for tile in TILES if tile.early]))
+    assert not problems((launch, 90) for launch in found)
 
 
 @pytest.mark.parametrize("card", [89, 90])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from klquant.kernels.kda.tiles import Tile as KDATile
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
 from klquant.kernels.mla.tiles import Tile
@@ -71,6 +72,21 @@ def test_add_rms_norm(width, dtype):
     assert error(normed, norm_reference.rms_norm(h.double(), weight.double(), 1e-5)) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width", "rows"), [(1, 1100, 5), (3, 40, 7)])
+def test_add_rms_norm_linear(tokens, width, rows, dtype):
+    """Sum and norm are the norm kernel's, the map is exact but for its last rounding."""
+    h, delta, weight = (torch.randn(*s).to(dtype) for s in ((tokens, width), (tokens, width), (width,)))
+    proj = (torch.randn(rows, width) / width**0.5).to(dtype)
+    for beside in (strided(delta), None):
+        args = strided(h), beside, weight.to(DEVICE), 1e-5
+        total, normed, out = norm_triton.add_rms_norm_linear(*args, proj.to(DEVICE))
+        want_total, want = norm_triton.add_rms_norm(*args)
+        assert torch.equal(total, want_total)
+        assert error(normed, want.cpu().double()) < LIMIT[dtype]
+        assert error(out, normed.cpu().double() @ proj.double().T) < LIMIT[dtype]
+
+
 def kda_case(heads: int, dim: int, rank: int, taps: int, dtype: torch.dtype) -> KDADecode:
     width = heads * dim
     return KDADecode(
@@ -80,32 +96,37 @@ def kda_case(heads: int, dim: int, rank: int, taps: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize(("heads", "dim", "rank", "taps"), [(3, 32, 16, 4), (1, 16, 32, 3)])
-def test_kda_decode(heads, dim, rank, taps, dtype):
+def test_kda_decode(heads, dim, rank, taps, splits, dtype, monkeypatch):
+    """More rows than one program projects, the last of its eight; slots criss-cross, and some rows are padding."""
+    monkeypatch.setattr(kda_triton, "BD", 16)
     w = kda_case(heads, dim, rank, taps, dtype)
-    slots, slot = 6, torch.tensor([4, -1, 0, 2], dtype=torch.int32)
-    used = slot[slot >= 0].long()
+    slots, slot = 12, torch.tensor([4, -1, 0, 2, 9, 10, 7, -1, 11], dtype=torch.int32)
+    used, unused = slot[slot >= 0].long(), [1, 3, 5, 6, 8]
+    rows = len(slot)
     conv = torch.full((slots, 3 * heads * dim, taps - 1), NAN).to(dtype)
     s = torch.full((slots, heads, dim, dim), NAN)
-    conv[used] = torch.randn(3, 3 * heads * dim, taps - 1).to(dtype)
-    s[used] = torch.randn(3, heads, dim, dim)
+    conv[used] = torch.randn(len(used), 3 * heads * dim, taps - 1).to(dtype)
+    s[used] = torch.randn(len(used), heads, dim, dim)
     want_conv, want_s = conv.double(), s.double()
     exact = KDADecode(**{name: t.double() for name, t in vars(w).items()})
     on_device = KDADecode(**{name: t.to(DEVICE) for name, t in vars(w).items()})
     conv, s, slot_B = to_device(conv, s, slot)
     for _ in range(3):
-        qkv, low = torch.randn(4, 3 * heads * dim).to(dtype), torch.randn(4, 2 * rank + heads + 3).to(dtype)
-        qkv[1], low[1] = NAN, NAN
+        qkv, low = torch.randn(rows, 3 * heads * dim).to(dtype), torch.randn(rows, 2 * rank + heads + 3).to(dtype)
+        qkv[slot < 0], low[slot < 0] = NAN, NAN
         low[:, 2 * rank + heads :] = NAN
-        out = kda_triton.kda_decode(strided(qkv), strided(low), on_device, conv, s, slot_B, 1e-5)
+        tile = KDATile(splits, 4)
+        out = kda_triton.kda_decode(strided(qkv), strided(low), on_device, conv, s, slot_B, 1e-5, tile)
         want = kda_reference.kda_decode(qkv.double(), low.double(), exact, want_conv, want_s, slot, 1e-5)
-        assert not out[1].any()
         live = slot >= 0
+        assert not out[~live.to(DEVICE)].any()
         assert error(out[live.to(DEVICE)], want[live]) < 3 * LIMIT[dtype]
     assert error(s[used.to(DEVICE)], want_s[used]) < 3 * LIMIT[dtype]
     assert torch.equal(conv.cpu()[used].double(), want_conv[used])
-    assert s[[1, 3, 5]].isnan().all()
-    assert conv[[1, 3, 5]].isnan().all()
+    assert s[unused].isnan().all()
+    assert conv[unused].isnan().all()
 
 
 FORMATS = [None, torch.float8_e4m3fn, torch.int8]

@@ -59,6 +59,35 @@ def test_strided_logits_and_the_ends_of_the_noise():
     assert got.isfinite().all() and torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def drawn(z, temperature, seed, slot, position):
+    from klquant.kernels.sample import triton
+
+    return triton.draw(*(None if x is None else x.to(DEVICE) for x in (z, temperature, seed, slot, position))).cpu()
+
+
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@runs
+def test_draw(dtype, noise):
+    """The same columns as the reference over several blocks, the first of equals, and none where z is no number."""
+    vocab = 4100
+    z, temperature, seed, position = inputs(12, vocab)
+    z = z.to(dtype)
+    z[0] = -z[0].abs()
+    z[1, [17, 2047, 2048, 4099]] = 40.0
+    z[2, vocab - 1] = 50.0
+    z[3], z[3, 9], z[3, 7] = -1.0, 0.0, -0.0
+    temperature[[0, 1, 3]] = 0
+    z[4, 3000], z[5, 5], z[6] = float("nan"), float("inf"), float("-inf")
+    z[7, 1:] = float("-inf")
+    slot = torch.randperm(12)
+    tables = (temperature[slot.argsort()] if noise else None), seed[slot.argsort()]
+    args = (*tables, slot, position.int())
+    want = reference.draw(z, *args)
+    assert want[3] == 7 and (want[4:7] == -1).all() and want[7] == 0
+    assert torch.equal(drawn(torch.cat([z, z], 1)[:, :vocab], *args), want)
+
+
 @needs_triton
 @pytest.mark.skipif(interpreting, reason="this process interprets kernels")
 def test_it_compiles(monkeypatch):
@@ -73,8 +102,14 @@ def test_it_compiles(monkeypatch):
         return lambda: triton.perturb(z, *row, token)
 
     order = meta(4, 163_840, dtype=torch.int64)
-    runs = launch(torch.float32, order), launch(torch.bfloat16, None)
-    for card, run in zip(CARDS, 2 * runs, strict=True):
+
+    def picks(temperature):
+        seed, slot = meta(9, dtype=torch.int64), meta(4, dtype=torch.int64)
+        z = meta(4, 163_840, dtype=torch.bfloat16)
+        return lambda: triton.draw(z, temperature, seed, slot, meta(4, dtype=torch.int32))
+
+    runs = launch(torch.float32, order), launch(torch.bfloat16, None), picks(None), picks(meta(9, dtype=torch.float32))
+    for card, run in zip(CARDS, runs, strict=True):
         for found in record(run, monkeypatch):
             used = compile_for(found, card)
             assert used.shared <= CARDS[card] * 1024 and used.spilled == 0

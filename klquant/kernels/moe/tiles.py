@@ -31,7 +31,10 @@ def many_tiles(gate_up: Packed, down: Packed, routes: int) -> tuple[Tile, Tile]:
         (128, 64, 4, 3) if share <= 512 else
         (128, 128, 8, 3)
     )  # fmt: skip
-    tokens = min(wanted, *(most_tokens(w, 1) for w in both))
+    most = min(most_tokens(w, 1) for w in both)
+    tokens = min(wanted, most)
+    if tokens == 64 and most < 128:
+        warps = 8  # several scales a brick: more sums to hold
     rows = min(rows, *(64 if w.row_bricks % 8 else 128 for w in both))
     return tuple(make_tile(w.bits, rows, tokens, warps, 1, stages) for w in both)
 

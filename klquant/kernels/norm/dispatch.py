@@ -1,8 +1,12 @@
 """The norm in front of a mixer or an MLP with the sum before it, and KDA's: Triton on a CUDA device, else torch."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.kernels.norm import reference
+
+# For more tokens a linear map beside the norm is a product of its own.
+FEW_TOKENS = 2
 
 
 def add_rms_norm(h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -24,3 +28,18 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Ten
     from klquant.kernels.norm import triton
 
     return triton.gated_rms_norm(x, gate, weight_D, eps)
+
+
+def add_rms_norm_linear(
+    h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float, proj_NC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h + delta, its norm, norm · projᵀ [T, N]) with a contiguous map in h's dtype: one launch for few tokens.
+
+    Every program makes the norm anew, so the map has to be small.
+    """
+    if not h_TC.is_cuda or len(h_TC) > FEW_TOKENS:
+        total_TC, normed_TC = add_rms_norm(h_TC, delta_TC, weight_C, eps)
+        return total_TC, normed_TC, F.linear(normed_TC, proj_NC)
+    from klquant.kernels.norm import triton
+
+    return triton.add_rms_norm_linear(h_TC, delta_TC, weight_C, eps, proj_NC)

@@ -17,8 +17,18 @@ def perturb(
     if token_BV is None:
         token_BV = torch.arange(z_BV.shape[1], device=z_BV.device)
     t_B1 = temperature_B[:, None]
-    drawn = z_BV.float() / torch.where(t_B1 > 0, t_B1, 1) + gumbel(seed_B, position_B, token_BV)
+    drawn = z_BV.float() / torch.where(t_B1 > 0, t_B1, 1) + gumbel(seed_B, position_B.long(), token_BV)
     return torch.where(t_B1 > 0, drawn, z_BV.float())
+
+
+def draw(
+    z_BV: Tensor, temperature_N: Tensor | None, seed_N: Tensor, slot_B: Tensor, position_B: Tensor
+) -> Tensor:  # fmt: skip
+    """`klquant.kernels.sample.dispatch.draw`."""
+    best_B, column_B = z_BV.max(-1)  # NaN wins
+    if temperature_N is not None:
+        column_B = perturb(z_BV, temperature_N[slot_B], seed_N[slot_B], position_B, None).argmax(-1)
+    return torch.where(best_B.isfinite(), column_B, -1)
 
 
 def gumbel(seed_B: Tensor, position_B: Tensor, token: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+DRAW_BLOCK = 2048
 
 
 @triton.jit
@@ -24,6 +25,17 @@ def minus_log1m(u):
 
 
 @triton.jit
+def noisy(logit, t, seed, position, name):
+    """logit / t + the noise of the tokens `name`, FP32; at t = 0 the logit."""
+    key = mix(mix(mix(position.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32)) ^ seed.to(tl.uint32))
+    x = mix((name.to(tl.uint32) * 0x9E3779B1) ^ mix(key))
+    x = mix(x + mix(key + 0x9E3779B1))
+    u = tl.minimum((x.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-08)
+    noise = -tl.log(minus_log1m(u))
+    return tl.where(t > 0, logit / tl.where(t > 0, t, 1.0) + noise, logit)
+
+
+@triton.jit
 def perturb_kernel(
     z, z_stride, temperature, seed, position, token, out, vocab, SORTED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -31,19 +43,45 @@ def perturb_kernel(
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = v < vocab
-    t = tl.load(temperature + row)
     logit = tl.load(z + row * z_stride + v, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(seed + row)
-    key = mix(mix(mix(tl.load(position + row).to(tl.uint32)) ^ (s >> 32).to(tl.uint32)) ^ s.to(tl.uint32))
     name = v
     if SORTED:
         name = tl.load(token + row * vocab + v, mask=inside, other=0)
-    x = mix((name.to(tl.uint32) * 0x9E3779B1) ^ mix(key))
-    x = mix(x + mix(key + 0x9E3779B1))
-    u = tl.minimum((x.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-08)
-    noise = -tl.log(minus_log1m(u))
-    drawn = logit / tl.where(t > 0, t, 1.0) + noise
-    tl.store(out + row * vocab + v, tl.where(t > 0, drawn, logit), mask=inside)
+    drawn = noisy(logit, tl.load(temperature + row), tl.load(seed + row), tl.load(position + row), name)
+    tl.store(out + row * vocab + v, drawn, mask=inside)
+
+
+@triton.jit
+def best_kernel(z, z_stride, temperature, seed, slot, position, best, vocab, BLOCK: tl.constexpr):
+    """best [B, blocks]: the order of the block's largest value, 32 bits, above how far from the end its column is.
+
+    Grid (rows, blocks of the vocabulary).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    logit = tl.load(z + row * z_stride + v, mask=v < vocab, other=float("-inf")).to(tl.float32)
+    drawn = logit
+    if temperature is not None:
+        here = tl.load(slot + row)
+        drawn = noisy(logit, tl.load(temperature + here), tl.load(seed + here), tl.load(position + row), v)
+    # Integers in the order of the values; both zeros are one.
+    bits = tl.where(drawn == 0.0, 0.0, drawn).to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = tl.where(logit < float("inf"), order, 0x7FFFFFFF)
+    key = (order.to(tl.int64) << 32) | (0x7FFFFFFF - v)
+    tl.store(best + row * tl.num_programs(1) + tl.program_id(1), tl.max(key, 0))
+
+
+@triton.jit
+def token_kernel(best, token, blocks, BLOCK: tl.constexpr):
+    """One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    key = tl.max(tl.load(best + row * blocks + i, mask=i < blocks, other=-0x8000000000000000), 0)
+    order = key >> 32
+    # More than −∞, and a number.
+    good = (order > -0x7F800001) & (order < 0x7FFFFFFF)
+    tl.store(token + row, tl.where(good, 0x7FFFFFFF - (key & 0x7FFFFFFF), -1))
 
 
 def perturb(
@@ -56,3 +94,17 @@ def perturb(
         SORTED=token_BV is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def draw(
+    z_BV: Tensor, temperature_N: Tensor | None, seed_N: Tensor, slot_B: Tensor, position_B: Tensor
+) -> Tensor:  # fmt: skip
+    rows, vocab = z_BV.shape
+    blocks = triton.cdiv(vocab, DRAW_BLOCK)
+    best = torch.empty(rows, blocks, dtype=torch.int64, device=z_BV.device)
+    token = torch.empty(rows, dtype=torch.int64, device=z_BV.device)
+    best_kernel[(rows, blocks)](
+        z_BV, z_BV.stride(0), temperature_N, seed_N, slot_B, position_B, best, vocab, BLOCK=DRAW_BLOCK, num_warps=4
+    )
+    token_kernel[(rows,)](best, token, blocks, BLOCK=triton.next_power_of_2(blocks), num_warps=1)
+    return token

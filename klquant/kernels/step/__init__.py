@@ -1,0 +1,1 @@
+"""What a decode step does before its layers."""
