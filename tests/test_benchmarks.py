@@ -12,6 +12,13 @@ from benchmarks.kernel_peers import Timed
 from benchmarks.synthetic import bytes_of, make_config, open_checkpoint
 
 
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """Benchmarks turn them off for their own process."""
+    with torch.enable_grad():
+        yield
+
+
 def test_quantize_scale(tmp_path):
     command = [str(tmp_path), "--small", "--layers", "4", "--recipes", "rtn-int4", "--device", "cpu", "--twice"]
     done = CliRunner().invoke(quantize_scale.main, command, catch_exceptions=False)
