@@ -3,8 +3,8 @@
     PYTHONPATH=. python3 benchmarks/decode_kernels.py [--only kda|mla|write|norm|router|draw] [--sweep] [--out FILE]
 
 Times are of CUDA graph replays, divided by the calls in the graph; those walk over enough copies of weights, states and
-pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times KDA and MLA
-with other tiles and numbers of parts beside the ones their `decode_tile` gives.
+pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times KDA, MLA
+and the router with other tiles and numbers of parts beside the ones their tables give.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, read_latent
 from klquant.kernels.mla.tiles import Tile, decode_tile
 from klquant.kernels.moe import reference as moe_reference
-from klquant.kernels.moe.dispatch import route_tokens
+from klquant.kernels.moe.tiles import RouterTile
 from klquant.kernels.norm import reference as norm_reference
 from klquant.kernels.norm.dispatch import add_rms_norm
 from klquant.kernels.sample import reference as sample_reference
@@ -39,6 +39,8 @@ EXPERTS, TOP, SCALING = 256, 8, 2.446
 VOCAB = 163_840
 BATCHES, CONTEXTS = (1, 8, 32), (128, 16 << 10, 128 << 10)
 STORED = {"BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn, "INT8": torch.int8}
+# Experts, tokens, columns and warps of a program.
+ROUTER_SWEEP = ((1, 8, 512, 4), (2, 8, 256, 4), (2, 8, 512, 4), (2, 8, 512, 8), (4, 8, 256, 4), (4, 8, 512, 8))
 SCALE = (NOPE + ROPE) ** -0.5
 EPS = 1e-5
 # BF16 results; KDA's and MLA's go through several roundings.
@@ -233,21 +235,47 @@ def draw_case(batch: int, noise: bool) -> Case:
     return Case(f"draw {'noise' if noise else 'greedy'}", batch, 0, run, copies, check, 2 * batch * VOCAB)
 
 
-def router_case(tokens: int) -> Case:
+def router_case(tokens: int, how: str, tile: RouterTile | None = None) -> Case:
+    """A norm, which clears `turn` in a step too, and the router behind it.
+
+    `one`: a launch behind the norm; `fused`: one that makes a norm of its own; `two`: cuBLAS's logits, then the choice.
+    """
     nbytes = 4 * EXPERTS * HIDDEN + 2 * tokens * HIDDEN
     copies = copies_for(nbytes)
-    x, bias = bf16(tokens, HIDDEN), torch.randn(EXPERTS, device="cuda") * 0.1
-    router = torch.randn(copies, EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5
+    h, norm, bias = bf16(tokens, HIDDEN), 1 + bf16(HIDDEN, scale=0.1), torch.randn(EXPERTS, device="cuda") * 0.1
+    maps = torch.randn(copies, EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5
+    turn = torch.empty(tokens, device="cuda", dtype=torch.int32)
+
+    def run(i: int) -> tuple[Tensor, ...]:
+        from klquant.kernels.moe import router
+
+        choice = maps[i], bias, TOP, SCALING, True
+        _, x = add_rms_norm(h, h, norm, EPS, turn)
+        if how == "fused":
+            return router.add_rms_norm_route(h, h, norm, EPS, *choice, turn)[1:]
+        return x, *router.route_tokens(x, *choice, None if how == "two" else turn, tile)
 
     def check() -> float:
-        weight, expert = route_tokens(x, router[0], bias, TOP, SCALING, True)
-        want, chosen = moe_reference.route_tokens(x.double(), router[0].double(), bias.double(), TOP, SCALING, True)
+        x, weight, expert = run(0)
+        args = x.double(), maps[0].double(), bias.double(), TOP, SCALING, True
+        want, chosen = moe_reference.route_tokens(*args)
         # Two scores nearer than FP32 tells apart may change places.
         same = (expert == chosen).all(-1)
         return error(weight[same], want[same]) if same.float().mean() > 0.98 else float("nan")
 
-    run = lambda i: route_tokens(x, router[i], bias, TOP, SCALING, True)  # noqa: E731
-    return Case("route_tokens", tokens, 0, run, copies, check, nbytes)
+    name = f"norm + route {how}"
+    if tile:
+        name += f" {tile.experts}/{tile.tokens}/{tile.columns}/{tile.warps}"
+    return Case(name, tokens, 0, run, copies, check, nbytes)
+
+
+def router_cases(tokens: int, sweep: bool) -> Iterator[Case]:
+    yield router_case(tokens, "two")
+    yield router_case(tokens, "one")
+    if tokens <= 4:
+        yield router_case(tokens, "fused")
+    for sizes in ROUTER_SWEEP if sweep else ():
+        yield router_case(tokens, "one", RouterTile(*sizes))
 
 
 def cases(only: str | None, sweep: bool) -> Iterator[Case]:
@@ -265,7 +293,8 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
             yield draw_case(batch, noise=False)
             yield draw_case(batch, noise=True)
         if only in (None, "router"):
-            yield router_case(batch)
+            for tokens in {1: (1, 2, 4), 32: (16, 32, 64)}.get(batch, (batch,)):
+                yield from router_cases(tokens, sweep)
         for stored in STORED:
             if only in (None, "write"):
                 yield write_case(batch, stored)

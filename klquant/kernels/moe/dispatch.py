@@ -8,6 +8,7 @@ from klquant.kernels.linear.dispatch import QuantMLP, Weight, apply_linear, pack
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.moe import reference
 from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles, shares_launch
+from klquant.kernels.norm import dispatch as norm
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,30 @@ def apply_experts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: T
 
 
 def route_tokens(
-    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool
-) -> tuple[Tensor, Tensor]:
+    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool,
+    turn_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Experts of each token, best first: (weight [T, R] FP32, expert [T, R] int32).
 
     x [T, C]; router [E, C] and bias [E] FP32, and FP32 all the way: the bias takes part in the choice and not in the
-    weight; `renormalize`: the weights of a token add up to `scale`.
+    weight; `renormalize`: the weights of a token add up to `scale`. With `turn_T`, zeros int32 that an earlier launch
+    wrote and this one overwrites, it is one launch for few tokens.
     """
     if not x_TC.is_cuda:
         return reference.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize)
     from klquant.kernels.moe import router
 
-    return router.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize)
+    return router.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize, turn_T)
+
+
+def add_rms_norm_route(
+    h_TC: Tensor, delta_TC: Tensor | None, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor, top: int,
+    scale: float, renormalize: bool, turn_T: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(h + delta, its norm, and the norm's weight and expert as in `route_tokens`): one launch for few tokens."""
+    if not h_TC.is_cuda or len(h_TC) > norm.FEW_TOKENS:
+        total_TC, normed_TC = norm.add_rms_norm(h_TC, delta_TC, norm_C, eps)
+        return total_TC, normed_TC, *route_tokens(normed_TC, router_EC, bias_E, top, scale, renormalize, turn_T)
+    from klquant.kernels.moe import router
+
+    return router.add_rms_norm_route(h_TC, delta_TC, norm_C, eps, router_EC, bias_E, top, scale, renormalize, turn_T)
