@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_cases import random_weight
 from benchmarks.timing import copies_for, copy_rate, time_us
+from klquant.core.grid import decode
 from klquant.kernels.kda import reference as kda_reference
 from klquant.kernels.kda.dispatch import KDADecode, kda_decode
 from klquant.kernels.kda.tiles import TILES as KDA_TILES
 from klquant.kernels.kda.tiles import Tile as KDATile
+from klquant.kernels.linear.dispatch import QuantLinear
 from klquant.kernels.mla import reference as mla_reference
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, read_latent
@@ -220,6 +223,26 @@ def low_case(tokens: int, fused: bool) -> Case:
     return Case(f"norm_low {'fused' if fused else 'apart'}", tokens, 0, run, copies, check, nbytes)
 
 
+def qkv_case(tokens: int, beside: bool) -> Case:
+    """KDA's projections in INT8 and what its gates and b read, in one launch or apart."""
+    rows, low_rows = 3 * HEADS * DIM, 2 * LOW + HEADS
+    nbytes = rows * HIDDEN + 2 * rows * (HIDDEN // 128) + 2 * low_rows * HIDDEN
+    copies = copies_for(nbytes)
+    codes = [random_weight((rows, HIDDEN), 8) for _ in range(copies)]
+    weights = [QuantLinear.of(w) for w in codes]
+    x, low = bf16(tokens, HIDDEN), bf16(copies, low_rows, HIDDEN, scale=HIDDEN**-0.5)
+
+    def run(i: int) -> tuple[Tensor, Tensor]:
+        return weights[i].beside(x, low[i]) if beside else (weights[i](x), x @ low[i].T)
+
+    def check() -> float:
+        y, found = run(0)
+        exact = x.double() @ decode(codes[0].codes, codes[0].scale, None, codes[0].spec, torch.float64).T
+        return max(error(y, exact), error(found, x.double() @ low[0].double().T))
+
+    return Case(f"qkv_low {'beside' if beside else 'apart'}", tokens, 0, run, copies, check, nbytes)
+
+
 def draw_case(batch: int, noise: bool) -> Case:
     copies = copies_for(2 * batch * VOCAB)
     z, seed = bf16(copies, batch, VOCAB, scale=4.0), torch.arange(batch, device="cuda")
@@ -289,6 +312,9 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
             for tokens in {1: (1, 2, 4), 8: (8,)}.get(batch, ()):
                 yield low_case(tokens, fused=True)
                 yield low_case(tokens, fused=False)
+            for tokens in {8: (8, 16), 32: (32, 64)}.get(batch, ()):
+                yield qkv_case(tokens, beside=True)
+                yield qkv_case(tokens, beside=False)
         if only in (None, "draw"):
             yield draw_case(batch, noise=False)
             yield draw_case(batch, noise=True)

@@ -13,11 +13,12 @@ from klquant.engine.state import DeviceState, StepRows
 from klquant.engine.weights import EngineLayer, FusedKDA
 from klquant.kernels.kda.dispatch import kda_decode
 from klquant.kernels.kda.weights import KDADecode
+from klquant.kernels.linear.dispatch import QuantLinear
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.moe.dispatch import add_rms_norm_route, route_tokens
-from klquant.kernels.norm.dispatch import add_rms_norm, add_rms_norm_linear
+from klquant.kernels.norm.dispatch import FEW_TOKENS, add_rms_norm, add_rms_norm_linear
 from klquant.model.moe import mlp, moe
-from klquant.model.weights import MoEWeights, PackedMoE, linear
+from klquant.model.weights import Linear, MoEWeights, PackedMoE, linear
 
 Stream = tuple[Tensor, Tensor | None]
 
@@ -51,14 +52,21 @@ def kda_mix(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h, delta) → their sum [B, C] and what the output projection reads [B, F], 0 in rows of padding."""
     pool, fused = state.kda[layer], w.fused
-    if isinstance(fused.low, Tensor):
+    if isinstance(fused.low, Tensor) and len(stream[0]) <= FEW_TOKENS:
         h_BC, x_BC, low_BL = add_rms_norm_linear(*stream, w.model.input_norm, cfg.rms_eps, fused.low, turn_B)
+        qkv = linear(x_BC, fused.qkv)
     else:
         h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps, turn_B)
-        low_BL = linear(x_BC, fused.low)
+        qkv, low_BL = both(x_BC, fused.qkv, fused.low)
     between = KDADecode(fused.taps_FW, fused.A_log, fused.dt_bias, fused.f_b, fused.g_b, fused.o_norm)
-    qkv = linear(x_BC, fused.qkv)
     return h_BC, kda_decode(qkv, low_BL, between, pool.conv, pool.s, rows.slot_B, cfg.rms_eps)
+
+
+def both(x_BC: Tensor, large: Linear, small: Linear) -> tuple[Tensor, Tensor]:
+    """x through two maps: in one launch if a packed one can take a plain one along."""
+    if isinstance(large, QuantLinear) and isinstance(small, Tensor):
+        return large.beside(x_BC, small)
+    return linear(x_BC, large), linear(x_BC, small)
 
 
 def mla_mix(
