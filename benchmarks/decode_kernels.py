@@ -30,9 +30,11 @@ from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, read_latent
 from klquant.kernels.mla.tiles import Tile, decode_tile
 from klquant.kernels.moe import reference as moe_reference
+from klquant.kernels.moe.dispatch import added_up
 from klquant.kernels.moe.tiles import RouterTile
 from klquant.kernels.norm import reference as norm_reference
 from klquant.kernels.norm.dispatch import add_rms_norm
+from klquant.kernels.norm.parts import Parts
 from klquant.kernels.sample import reference as sample_reference
 from klquant.kernels.sample.dispatch import draw
 
@@ -44,6 +46,8 @@ BATCHES, CONTEXTS = (1, 8, 32), (128, 16 << 10, 128 << 10)
 STORED = {"BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn, "INT8": torch.int8}
 # Experts, tokens, columns and warps of a program.
 ROUTER_SWEEP = ((1, 8, 512, 4), (2, 8, 256, 4), (2, 8, 512, 4), (2, 8, 512, 8), (4, 8, 256, 4), (4, 8, 512, 8))
+# The same without tokens, of a program that makes the norm as well.
+FUSED_SWEEP = ((1, 512, 4), (2, 256, 4), (2, 512, 4), (2, 1024, 8), (4, 512, 4))
 SCALE = (NOPE + ROPE) ** -0.5
 EPS = 1e-5
 # BF16 results; KDA's and MLA's go through several roundings.
@@ -198,6 +202,24 @@ def norm_case(tokens: int) -> Case:
     return Case("add_rms_norm", tokens, 0, lambda i: add_rms_norm(h[i], delta[i], weight, EPS), copies, check, nbytes)
 
 
+def parts_case(tokens: int, apart: bool) -> Case:
+    """A norm that adds up what the experts made of a token, or has it added up before."""
+    nbytes = 2 * tokens * HIDDEN * (TOP + 4)
+    copies = copies_for(nbytes)
+    h, weight = bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
+    parts = [Parts(bf16(tokens, TOP, HIDDEN), bf16(tokens, HIDDEN)) for _ in range(copies)]
+
+    def run(i: int) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(h[i], added_up(parts[i]) if apart else parts[i], weight, EPS)
+
+    def check() -> float:
+        total, normed = run(0)
+        assert torch.equal(total, h[0] + added_up(parts[0]))
+        return error(normed, norm_reference.rms_norm(total.double(), weight.double(), EPS))
+
+    return Case(f"norm of parts{', apart' if apart else ''}", tokens, 0, run, copies, check, nbytes)
+
+
 def low_case(tokens: int, fused: bool) -> Case:
     """A norm and what KDA's gates and b read of it."""
     rows = 2 * LOW + HEADS
@@ -275,7 +297,7 @@ def router_case(tokens: int, how: str, tile: RouterTile | None = None) -> Case:
         choice = maps[i], bias, TOP, SCALING, True
         _, x = add_rms_norm(h, h, norm, EPS, turn)
         if how == "fused":
-            return router.add_rms_norm_route(h, h, norm, EPS, *choice, turn)[1:]
+            return router.add_rms_norm_route(h, h, norm, EPS, *choice, turn, tile)[1:]
         return x, *router.route_tokens(x, *choice, None if how == "two" else turn, tile)
 
     def check() -> float:
@@ -297,6 +319,9 @@ def router_cases(tokens: int, sweep: bool) -> Iterator[Case]:
     yield router_case(tokens, "one")
     if tokens <= 4:
         yield router_case(tokens, "fused")
+        most = 1 << (tokens - 1).bit_length()
+        for rows, columns, warps in FUSED_SWEEP if sweep else ():
+            yield router_case(tokens, "fused", RouterTile(rows, most, columns, warps))
     for sizes in ROUTER_SWEEP if sweep else ():
         yield router_case(tokens, "one", RouterTile(*sizes))
 
@@ -309,6 +334,8 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
                 yield kda_case(batch, tile)
         if only in (None, "norm"):
             yield norm_case(batch)
+            yield parts_case(batch, apart=False)
+            yield parts_case(batch, apart=True)
             for tokens in {1: (1, 2, 4), 8: (8,)}.get(batch, ()):
                 yield low_case(tokens, fused=True)
                 yield low_case(tokens, fused=False)

@@ -1,7 +1,8 @@
 """One token for each of B sequences, through packed weights and state pools: what a CUDA graph captures.
 
 The same functions run on a CPU, through the references of their operations. Between two layers the stream is a pair
-(h, delta) whose sum is meant: the next norm adds them on the way. Shape suffixes as in `klquant.model.weights`.
+(h, delta) whose sum is meant, delta in parts perhaps: the next norm adds them on the way. Shape suffixes as in
+`klquant.model.weights`.
 """
 
 import torch
@@ -17,10 +18,11 @@ from klquant.kernels.linear.dispatch import QuantLinear
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.moe.dispatch import add_rms_norm_route, route_tokens
 from klquant.kernels.norm.dispatch import FEW_TOKENS, add_rms_norm, add_rms_norm_linear
+from klquant.kernels.norm.parts import Parts
 from klquant.model.moe import mlp, moe
 from klquant.model.weights import Linear, MoEWeights, PackedMoE, linear
 
-Stream = tuple[Tensor, Tensor | None]
+Stream = tuple[Tensor, Tensor | Parts | None]
 
 
 def decode_layer(
@@ -36,7 +38,7 @@ def decode_layer(
         h_BC, x_BC, *routes = add_rms_norm_route(
             h_BC, delta_BC, w.model.post_norm, cfg.rms_eps, *choice(cfg, w.model.mlp), turn_B
         )
-        return h_BC, w.model.mlp.experts(x_BC, *routes)
+        return h_BC, w.model.mlp.experts.parts(x_BC, *routes)
     h_BC, x_BC = add_rms_norm(h_BC, delta_BC, w.model.post_norm, cfg.rms_eps)
     return h_BC, feed(cfg, w.model.mlp, x_BC)
 

@@ -59,7 +59,7 @@ def step(layers, batch, mode, card):
     return len(kernels), operations.count
 
 
-@pytest.mark.parametrize("batch, apart, experts", [(1, 0, 2), (4, 0, 2), (8, 1, 4), (64, 1, 4)])
+@pytest.mark.parametrize("batch, apart, experts", [(1, 0, 2), (4, 0, 2), (8, 1, 3), (64, 1, 3)])
 def test_launches_of_a_layer(batch, apart, experts, card):
     """Both norms, the second in the router's launch or apart, two projections and the experts; and the mixer's own."""
     (two, some), (three, more), (four, most) = (step(n, batch, "greedy", card) for n in (2, 3, 4))

@@ -49,6 +49,7 @@ def steps(dtype: torch.dtype) -> Iterator:
     from klquant.kernels.mla import write
     from klquant.kernels.moe import router
     from klquant.kernels.norm import triton as norm
+    from klquant.kernels.norm.parts import Parts
 
     yield from kda_steps(dtype, [tile for tile in TILES if not tile.early])
     for stored in STORED:
@@ -60,6 +61,7 @@ def steps(dtype: torch.dtype) -> Iterator:
     h, weight = meta(4, HIDDEN, dtype=dtype), meta(HIDDEN, dtype=dtype)
     yield lambda: norm.add_rms_norm(h, h, weight, 1e-5, meta(4, dtype=torch.int32))
     yield lambda: norm.add_rms_norm(h, None, weight, 1e-5)
+    yield lambda: norm.add_rms_norm(h, Parts(meta(4, TOP, HIDDEN, dtype=dtype), h), weight, 1e-5)
     for tokens in (1, 2, 4):
         h = meta(tokens, HIDDEN, dtype=dtype)
         low = meta(2 * LOW + HEADS, HIDDEN, dtype=dtype)

@@ -23,9 +23,11 @@ if can_run:
     from klquant.kernels.mla import write
     from klquant.kernels.moe import reference as moe_reference
     from klquant.kernels.moe import router
+    from klquant.kernels.moe import triton as moe_triton
     from klquant.kernels.moe.tiles import RouterTile
     from klquant.kernels.norm import reference as norm_reference
     from klquant.kernels.norm import triton as norm_triton
+    from klquant.kernels.norm.parts import Parts
 
 NAN = float("nan")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -71,6 +73,19 @@ def test_add_rms_norm(width, dtype):
     alone, normed = norm_triton.add_rms_norm(strided(h), None, weight.to(DEVICE), 1e-5)
     assert torch.equal(alone.cpu(), h)
     assert error(normed, norm_reference.rms_norm(h.double(), weight.double(), 1e-5)) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_shared", [True, False])
+def test_a_delta_in_parts_is_their_sum(with_shared, dtype):
+    h, weight, shared = torch.randn(5, 72).to(dtype), torch.randn(72).to(dtype), torch.randn(5, 72).to(dtype)
+    routed = torch.randn(5, 3, 72).to(dtype)
+    parts = Parts(routed.to(DEVICE), shared.to(DEVICE) if with_shared else None)
+    added = moe_triton.combine(parts)
+    exact = routed.double().sum(1) + (shared.double() if with_shared else 0)
+    assert torch.equal(added.cpu(), exact.to(dtype))
+    got, want = (norm_triton.add_rms_norm(strided(h), delta, weight.to(DEVICE), 1e-5) for delta in (parts, added))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

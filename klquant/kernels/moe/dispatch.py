@@ -9,6 +9,7 @@ from klquant.kernels.linear.layout import Packed
 from klquant.kernels.moe import reference
 from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles, shares_launch
 from klquant.kernels.norm import dispatch as norm
+from klquant.kernels.norm.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,27 @@ class QuantExperts:
             return routed if self.shared is None else routed + self.shared(x_TC)
         return apply_experts(self, x_TC, weight_TR, expert_TR)
 
+    def parts(self, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor | Parts:
+        """The same, or what is still to be added up to be the same, which a norm can do on the way."""
+        return expert_parts(self, x_TC, weight_TR, expert_TR) if x_TC.is_cuda else self(x_TC, weight_TR, expert_TR)
+
 
 def apply_experts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor:
     """The kernels that the number of tokens asks for."""
+    return added_up(expert_parts(w, x_TC, weight_TR, expert_TR))
+
+
+def added_up(y: Tensor | Parts) -> Tensor:
+    """[T, C]: one launch, or none."""
+    if isinstance(y, Tensor):
+        return y
+    from klquant.kernels.moe.triton import combine
+
+    return combine(y)
+
+
+def expert_parts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor | Parts:
+    """The sum in the last kernel for few tokens, its parts for many."""
     from klquant.kernels.moe.triton import few_tokens, many_tokens
 
     shared = None if w.shared is None else (w.shared.gate_up, w.shared.down)

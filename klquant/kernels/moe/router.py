@@ -194,14 +194,15 @@ def route_tokens(
 
 def add_rms_norm_route(
     h_TC: Tensor, delta_TC: Tensor | None, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor, top: int,
-    scale: float, renormalize: bool, turn_T: Tensor,
+    scale: float, renormalize: bool, turn_T: Tensor, tile: RouterTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(h + delta, its norm, weight, expert) of few tokens in one launch. Rows of h and delta may be strided."""
     (tokens, width), experts = h_TC.shape, len(router_EC)
     weight, expert = _routes(tokens, top, h_TC.device)
     logits = torch.empty(tokens, experts, device=h_TC.device, dtype=torch.float32)
     total, normed = sum_and_norm(h_TC, delta_TC)
-    tile = norm_router_tile(tokens)
+    tile = tile or norm_router_tile(tokens)
+    assert tile.tokens >= tokens, "a program has all tokens"
     norm_router_kernel[(triton.cdiv(experts, tile.experts), 1)](
         h_TC, h_TC.stride(0), delta_TC, 0 if delta_TC is None else delta_TC.stride(0), norm_C, router_EC, bias_E, total,
         normed, logits, weight, expert, turn_T, tokens, experts, width, eps, top, scale,

@@ -4,17 +4,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.kernels.norm import reference
+from klquant.kernels.norm.parts import Parts
 
 # For more tokens a linear map beside the norm is a product of its own.
 FEW_TOKENS = 4
 
 
 def add_rms_norm(
-    h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float, turn_T: Tensor | None = None
+    h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, turn_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(h + delta, rms_norm(h + delta)), each [T, C] in h's dtype: one launch. Without a delta the first is h itself.
 
-    On a CUDA device it sets `turn_T` to 0, where a later launch counts its programs.
+    On a CUDA device delta may be in parts, which gives the same bits as their sum, and `turn_T` is set to 0, where a
+    later launch counts its programs.
     """
     if not h_TC.is_cuda:
         return reference.add_rms_norm(h_TC, delta_TC, weight_C, eps)
@@ -36,13 +38,18 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Ten
 
 
 def add_rms_norm_linear(
-    h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float, proj_NC: Tensor, turn_T: Tensor | None = None
+    h_TC: Tensor,
+    delta_TC: Tensor | Parts | None,
+    weight_C: Tensor,
+    eps: float,
+    proj_NC: Tensor,
+    turn_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h + delta, its norm, norm · projᵀ [T, N]) with a contiguous map in h's dtype: one launch for few tokens.
 
     Every program makes the norm anew, so the map has to be small. `turn_T` as in `add_rms_norm`.
     """
-    if not h_TC.is_cuda or len(h_TC) > FEW_TOKENS:
+    if not h_TC.is_cuda or len(h_TC) > FEW_TOKENS or isinstance(delta_TC, Parts):
         total_TC, normed_TC = add_rms_norm(h_TC, delta_TC, weight_C, eps, turn_T)
         return total_TC, normed_TC, F.linear(normed_TC, proj_NC)
     from klquant.kernels.norm import triton

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from klquant.kernels.norm.parts import Parts
+
 # Rows of a linear map that a program of its norm has: few, so that a map of some hundred spreads over a card.
 LINEAR_ROWS = 2
 
@@ -18,9 +20,13 @@ def normalize(x, weight, width, eps, DTYPE: tl.constexpr):
 
 @triton.jit
 def add_rms_norm_kernel(
-    h, h_stride, delta, delta_stride, weight, total, normed, turn, width, eps, BLOCK: tl.constexpr
+    h, h_stride, delta, delta_stride, shared, weight, total, normed, turn, width, eps, TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """total [T, width] = h + delta, unless there is no delta, and its norm; grid (tokens,). `turn` [T] is set to 0."""
+    """total [T, width] = h + delta, unless there is no delta, and its norm; grid (tokens,). `turn` [T] is set to 0.
+
+    TOP > 0: a token's delta is so many rows and `shared`'s one, if any.
+    """
     DTYPE: tl.constexpr = h.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -28,8 +34,15 @@ def add_rms_norm_kernel(
     w = tl.load(weight + c, mask=inside, other=0.0)
     x = tl.load(h + token * h_stride + c, mask=inside, other=0.0)
     if delta is not None:
-        d = tl.load(delta + token * delta_stride + c, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + d.to(tl.float32)).to(DTYPE)
+        d = tl.load(delta + token * delta_stride + c, mask=inside, other=0.0).to(tl.float32)
+        if TOP > 0:
+            # As combine_kernel does.
+            for r in tl.static_range(1, TOP):
+                d += tl.load(delta + token * delta_stride + r * width + c, mask=inside, other=0.0).to(tl.float32)
+            if shared is not None:
+                d += tl.load(shared + token * width + c, mask=inside, other=0.0).to(tl.float32)
+            d = d.to(DTYPE).to(tl.float32)
+        x = (x.to(tl.float32) + d).to(DTYPE)
         tl.store(total + token * width + c, x, mask=inside)
     if turn is not None:
         tl.store(turn + token, 0)
@@ -38,15 +51,17 @@ def add_rms_norm_kernel(
 
 
 def add_rms_norm(
-    h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float, turn_T: Tensor | None = None
+    h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, turn_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(h + delta, its norm). Rows of h and delta may be strided."""
-    tokens, width = h_TC.shape
+    """(h + delta, its norm). Rows of h and of a delta that is not in parts may be strided."""
+    (tokens, width), top, shared = h_TC.shape, 0, None
+    if isinstance(delta_TC, Parts):
+        delta_TC, shared, top = delta_TC.routed_TRC, delta_TC.shared_TC, delta_TC.routed_TRC.shape[1]
     total, normed = sum_and_norm(h_TC, delta_TC)
     block = triton.next_power_of_2(width)
     add_rms_norm_kernel[(tokens,)](
-        h_TC, h_TC.stride(0), delta_TC, 0 if delta_TC is None else delta_TC.stride(0), weight_C, total, normed, turn_T,
-        width, eps, BLOCK=block, num_warps=min(8, max(1, block // 256)),
+        h_TC, h_TC.stride(0), delta_TC, 0 if delta_TC is None else delta_TC.stride(0), shared, weight_C, total, normed,
+        turn_T, width, eps, TOP=top, BLOCK=block, num_warps=min(8, max(1, block // 256)),
     )  # fmt: skip
     return h_TC if total is None else total, normed
 
