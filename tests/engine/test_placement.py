@@ -146,7 +146,12 @@ def test_devices_by_name(monkeypatch):
     monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda device: (8 - device.index, 9))
     monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: "An Old Card")
     monkeypatch.setattr(module, "free_memory", lambda device: 100)
+    held = {}
+    monkeypatch.setattr(module, "limit_memory", held.__setitem__)
+    assert find_devices("cuda") == {CARDS[0]: 100} and not held
     assert find_devices("cuda", {"cuda:0": 70}) == {CARDS[0]: 70}
+    assert find_devices("cuda", {"cuda:0": 1 << 30}) == {CARDS[0]: 100}
+    assert held == {CARDS[0]: (1 << 30) - module.CUDA_CONTEXT}
     with pytest.raises(UserError, match=r"An Old Card has compute capability 7\.9"):
         find_devices("cuda:0,cuda:1")
     with pytest.raises(UserError, match="not on both"):
