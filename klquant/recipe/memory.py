@@ -164,7 +164,7 @@ def workspace_estimate(config: KimiLinearConfig, context: int, sequences: int, a
     residual = 3 * c.hidden_size * value
     # q, k, v twice, both gates, output and the chunk kernel's intermediates, g in FP32; a state every 64 tokens
     kda = tokens * (c.kda_width * (14 * value + 4) + c.kda_width * c.kda_dim * value // 64)
-    # kv_b's output, keys, values as wide as keys, of the chunk and of a block before it; queries, two outputs, their sum
+    # kv_b's output, keys, values as wide as keys, of the chunk and of a block before it; queries, outputs, their sum
     expanded = c.num_heads * (c.qk_nope_dim + c.v_dim + 2 * c.qk_dim) * value
     mla = (tokens + past) * expanded + tokens * c.num_heads * (3 * c.qk_dim * value + 2 * c.v_dim * 4)
     # hidden units and output of each of a token's experts; gate, up and hidden units of the dense MLP
