@@ -6,6 +6,7 @@ import resource
 
 import pytest
 
+from klquant.calibrate.activations import Activations
 from klquant.checkpoint.verify import verify
 from klquant.errors import UserError
 from tests.pipeline.build import digests, recipe, run, unfinished
@@ -92,6 +93,23 @@ def test_streams_that_cannot_be_written(model, tmp_path, monkeypatch):
     monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
     full(monkeypatch, os, "pwritev", 12)
     fails(tmp_path / "out", model, r"(quantized|reference).*: cannot be written: No space left on device")
+
+
+def test_streams_that_are_cut_short_meanwhile(model, tmp_path, monkeypatch, whole_digests):
+    """Somebody truncates the file that a layer works in: the run stops, and a resumed one fills it anew."""
+    out, write = tmp_path / "out", Activations.write
+    monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
+
+    def cut(self, start, values):
+        write(self, start, values)
+        if self.path.name == "quantized.work":
+            os.truncate(self.path, 9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Activations, "write", cut)
+        fails(out, model, r"quantized\.work: cut short while in use; go on with --resume")
+    run(model, out, resume=True)
+    assert digests(out) == whole_digests
 
 
 def link(out):
