@@ -85,7 +85,10 @@ def test_a_truncated_missing_or_binary_file_is_refused(file, tmp_path):
     [
         ({"data__window": 4096}, "windows of 80 and 4096 tokens"),
         ({"data__sha256": "0" * 64}, "other text or another tokenizer"),
-        ({"data__domains": []}, "other windows: code × 3, prose × 3 against "),
+        (
+            {"data__domains": [{"name": "code", "origin": "c", "documents": 1, "tokens": 240, "windows": 3}]},
+            "other windows: code × 3, prose × 3 against code × 3",
+        ),
         ({"reference": None}, "one has a reference, the other has none"),
         ({"reference__checkpoint__fingerprint": "0" * 64}, "other references"),
         ({"reference__arithmetic__dtype": "bfloat16"}, "references computed in float32 on cpu"),
