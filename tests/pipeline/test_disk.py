@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +126,15 @@ def test_an_output_that_is_in_use_is_refused(model, tmp_path, make):
     with pytest.raises(UserError, match="out: exists and is not an empty folder"):
         run(model, out)
     assert not unfinished(out).exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/.."])
+def test_an_output_without_a_name_of_its_own_is_refused(model, tmp_path, monkeypatch, name):
+    """The unfinished folder is called after it, and it must be possible to replace it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is no name for a new folder"):
+        run(model, Path(name))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_is_taken_meanwhile(model, tmp_path, whole_digests, monkeypatch):
