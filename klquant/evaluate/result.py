@@ -282,8 +282,8 @@ def load(path: Path, *models: type[Part]) -> Part:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where}: {first['msg']}; {again}") from None
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}; {again}") from None
 
 
 def check_comparable(results: Sequence[tuple[str, Comparable]]) -> None:
