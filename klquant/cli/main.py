@@ -5,6 +5,8 @@ A command's module is imported when the command runs, so that `--help` and `--ve
 
 import errno
 import importlib
+import io
+import sys
 
 import click
 
@@ -52,6 +54,9 @@ class Commands(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal may know fewer characters than are shown
         try:
             return super().invoke(ctx)
         except UserError as e:
@@ -60,9 +65,11 @@ class Commands(click.Group):
             help_for = f" (see {e.ctx.command_path} --help)" if e.ctx else ""
             raise Failure(f"error: {e.format_message().removesuffix('.')}{help_for}", 2) from e
         except OSError as e:
-            if e.errno != errno.ENOSPC:
-                raise
-            raise Failure(f"error: {e.filename or 'output'}: no space left; free disk space", 2) from e
+            if e.errno == errno.ENOSPC:
+                raise Failure(f"error: {e.filename or 'output'}: no space left; free disk space", 2) from e
+            if e.errno == errno.ENAMETOOLONG:
+                raise Failure(f"error: {e.filename!s:.60}…: longer than a file's name may be", 2) from e
+            raise
         except KeyboardInterrupt as e:
             raise Failure("interrupted", 130) from e
 

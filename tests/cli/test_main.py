@@ -1,7 +1,9 @@
 import errno
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import click
 import pytest
@@ -10,6 +12,8 @@ from click.testing import CliRunner
 import klquant
 from klquant.cli import main as cli
 from klquant.errors import UserError
+
+DEMO = Path(__file__).parents[2] / "demo" / "model"
 
 
 def run(*args: str):
@@ -61,6 +65,25 @@ def test_a_full_disk_is_one_line_and_exit_2(fail):
     assert (result.exit_code, result.stderr) == (2, "klquant: error: result.json: no space left; free disk space\n")
     fail(OSError(errno.EIO, "Input/output error"))
     assert isinstance(run("fail").exception, OSError)
+
+
+@pytest.mark.parametrize(
+    "args", [("inspect",), ("verify",), ("generate", "--raw", "hello"), ("eval", "-o", "r.json")], ids=" ".join
+)
+def test_a_name_that_no_file_can_have_is_one_line_and_exit_2(args):
+    command, *others = args
+    result = run(command, "x" * 5000, *others)
+    assert result.exit_code == 2 and result.stderr.endswith("x…: longer than a file's name may be\n")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_terminal_that_knows_few_characters_gets_others():
+    """Not a traceback: many symbols that tables use are in no 8-bit encoding."""
+    done = subprocess.run(
+        [sys.executable, "-m", "klquant.cli.main", "plan", str(DEMO), "--recipe", "int4"],
+        capture_output=True, text=True, encoding="ascii", env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and " ? " in done.stdout
 
 
 def test_a_wrong_command_line_is_one_line_that_names_the_help(fail):
