@@ -19,6 +19,7 @@ from benchmarks.quantize_scale import GIB, HostPeak
 from benchmarks.synthetic import bytes_of, kind_of, make_config, open_checkpoint
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.quantized import QuantizedReader
+from klquant.core.allocator import grow_segments
 from klquant.evaluate import trace
 from klquant.evaluate.score import reference_window
 from klquant.evaluate.source import DeviceSource
@@ -66,6 +67,7 @@ def by_kind(config: KimiLinearConfig, seconds: dict[int, float]) -> dict[str, fl
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--small", is_flag=True, help="Narrow layers, few experts: to try the benchmark out.")
 def main(folder, layers, windows, window, gpu_memory, device, small):
+    grow_segments()  # as the command line does
     device = torch.device(device)
     cuda = device.type == "cuda"
     if cuda:

@@ -66,7 +66,7 @@ def prefill_inputs_kernel(
         rows = x_rows + at[:, None].to(tl.int64) * qkv_stride + channel[None, :]
         x = tl.load(rows, mask=((at >= 0) & exists)[:, None], other=0.0).to(tl.float32)
         y += x * tap[i][None, :]
-    if tail is not None:
+    if tail is not None:  # noqa: SIM102 (one is known when compiling, the other is not)
         if tl.program_id(1) == 0:
             own = tail + tl.program_id(2).to(tl.int64) * (3 * H * D * (W - 1))
             past = _columns(own, channel, W - 1)
