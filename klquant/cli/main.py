@@ -11,6 +11,7 @@ import sys
 import click
 
 import klquant
+from klquant.core.allocator import grow_segments
 from klquant.errors import UserError
 
 # name → (module that defines `command`, one line for --help)
@@ -27,6 +28,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("klquant.cli.inspect", "Show what a checkpoint stores how, and where the error is."),
     "verify": ("klquant.cli.verify", "Check that a checkpoint is whole: exit code 0, or 1 and a list of problems."),
 }
+
+# What works on a card layer by layer, and asks for memory in pieces of many sizes. The engine holds what it has.
+LAYER_BY_LAYER = {"quantize", "eval", "sensitivity", "sweep"}
 
 
 class Failure(click.ClickException):
@@ -47,6 +51,8 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in LAYER_BY_LAYER:
+            grow_segments()
         return importlib.import_module(COMMANDS[name][0]).command if name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import klquant
 from klquant.cli import main as cli
+from klquant.core.allocator import VARIABLES
 from klquant.errors import UserError
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
@@ -113,3 +114,22 @@ def test_start_up_imports_no_command_and_nothing_heavy(arg):
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("command", "own", "want"), [
+    *((name, {}, "expandable_segments:True") for name in ("quantize", "eval", "sensitivity", "sweep")),
+    ("inspect", {}, ""),
+    ("eval", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:200"}, "max_split_size_mb:200"),
+    ("eval", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:300"}, "max_split_size_mb:300"),
+])  # fmt: skip
+def test_what_works_layer_by_layer_lets_segments_grow(command, own, want):
+    """As torch's allocator sees it when the command has begun; what the user has set is left alone."""
+    code = (
+        "from klquant.cli.main import main\n"
+        f"try: main(['{command}', '--help'])\n"
+        "except SystemExit: pass\n"
+        "import torch; print('\\n' + torch._C._accelerator_getAllocatorSettings())"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run([sys.executable, "-c", code], env=clean | own, check=True, capture_output=True, text=True)
+    assert done.stdout.rpartition("\n\n")[2].strip() == want
