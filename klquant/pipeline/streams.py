@@ -1,6 +1,7 @@
 """The residual streams of a run: where they live while a layer works on them, and their copies between units."""
 
 import os
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,8 +94,8 @@ class StreamStore:
         finally:
             for copy in copies.values():
                 copy.close()
-            for half in halves.values():
-                half.unlink(missing_ok=True)
+            for half in filter(Path.exists, halves.values()):
+                half.unlink()
 
     def close(self) -> None:
         for part in self.parts.values():
