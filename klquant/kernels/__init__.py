@@ -36,7 +36,8 @@ multiprocessors, where the card has them.
 
 In a chunk of a prompt the delta rule is flash-linear-attention's, with one launch before it (convolutions, norms, β)
 and one behind it (the gated norm); attention is torch's, with two before it (latents out of their pages, keys and
-values) and one behind each block of past latents.
+values) and one behind each block of past latents. `klquant.model` takes the same kernels for whole windows, several at
+once, where it calibrates or evaluates on a card in 16 bits.
 
 16-bit weights go through the same kernels (a word is a BF16 value), for checkpoints that keep some matrices or all.
 Importing this package imports neither Triton nor a kernel.
