@@ -210,11 +210,11 @@ def parts_case(tokens: int, apart: bool) -> Case:
     parts = [Parts(bf16(tokens, TOP, HIDDEN), bf16(tokens, HIDDEN)) for _ in range(copies)]
 
     def run(i: int) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(h[i], added_up(parts[i]) if apart else parts[i], weight, EPS)
+        return add_rms_norm(h[i], added_up(parts[i], torch.bfloat16) if apart else parts[i], weight, EPS)
 
     def check() -> float:
         total, normed = run(0)
-        assert torch.equal(total, h[0] + added_up(parts[0]))
+        assert torch.equal(total, h[0] + added_up(parts[0], torch.bfloat16))
         return error(normed, norm_reference.rms_norm(total.double(), weight.double(), EPS))
 
     return Case(f"norm of parts{', apart' if apart else ''}", tokens, 0, run, copies, check, nbytes)

@@ -98,10 +98,11 @@ def run_experts(case: Case, x: Tensor, w: QuantExperts, weight: Tensor, expert: 
     if not case.tiles:
         return apply_experts(w, x, weight, expert)
     if case.tokens <= FEW_TOKENS:
-        return few_tokens(x, weight, expert, w.gate_up, w.down, w.shared.gate_up, w.shared.down, *case.tiles)
+        few = few_tokens(x, weight, expert, w.gate_up, w.down, w.shared.gate_up, w.shared.down, *case.tiles)
+        return combine(few, x.dtype)
     beside = (w.shared.gate_up, w.shared.down) if shares_launch(w.shared, case.tiles) else None
     apart = None if beside else w.shared(x)
-    return combine(many_tokens(x, weight, expert, w.gate_up, w.down, beside, apart, *case.tiles))
+    return combine(many_tokens(x, weight, expert, w.gate_up, w.down, beside, apart, *case.tiles), x.dtype)
 
 
 def check(case: Case) -> float:

@@ -33,7 +33,8 @@ def decode_layer(
     # The layer's first launch clears what programs of its router count in.
     turn_B = torch.empty(len(stream[0]), dtype=torch.int32, device=stream[0].device)
     h_BC, mixed_BF = mix(cfg, layer, w, stream, state, rows, turn_B)
-    delta_BC = linear(mixed_BF, w.fused.o_proj)
+    o_proj = w.fused.o_proj
+    delta_BC = o_proj.parts(mixed_BF) if isinstance(o_proj, QuantLinear) else linear(mixed_BF, o_proj)
     if isinstance(w.model.mlp, PackedMoE) and cfg.num_groups == 1:
         h_BC, x_BC, *routes = add_rms_norm_route(
             h_BC, delta_BC, w.model.post_norm, cfg.rms_eps, *choice(cfg, w.model.mlp), turn_B

@@ -92,8 +92,8 @@ class Runner:
                     w = self.weights.layers[layer]
                     h_SC, delta_SC = prefill_layer(self.cfg, layer, w, (h_SC, delta_SC), stage.state, chunk)
                     if after_layer:
-                        after_layer(layer, h_SC + delta_SC)
-                h_SC = h_SC + delta_SC
+                        after_layer(layer, h_SC + added_up(delta_SC, h_SC.dtype))
+                h_SC = h_SC + added_up(delta_SC, h_SC.dtype)
                 stage.state.length[slot] = stop
         return h_SC[None]
 
@@ -189,7 +189,7 @@ class Runner:
                 self.cfg, layer, self.weights.layers[layer], (h_BC, delta_BC), stage.state, rows
             )
         if number < len(self.stages) - 1:
-            return (h_BC + added_up(delta_BC),)
+            return (h_BC + added_up(delta_BC, h_BC.dtype),)
         head = self.weights.head
         _, x_BC = add_rms_norm(h_BC, delta_BC, head.norm, self.cfg.rms_eps)
         chosen = sample(linear(x_BC, head.proj), self.sampling, rows.index_B, rows.length_B, mode)

@@ -161,11 +161,11 @@ def accumulate(
 
 @triton.jit
 def tile_product(
-    x, tokens, words, high, scale, zero, first_row, bricks, groups,
+    x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
     BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """[BN, BM] FP32: rows first_row … of a weight (first_row a multiple of 16) times BM token rows.
+    """[BN, BM] FP32: rows first_row … (a multiple of 16) of a weight times BM token rows, bricks start … stop − 1.
 
     x: pointers [BM] to the tokens' inputs; tokens [BM]: which of them exist.
     """
@@ -178,7 +178,7 @@ def tile_product(
         acc = tl.zeros([BN, BM], tl.float32)
         w_at = row[:, None] + j[None, :]
         x_at = x[None, :] + j[:, None]
-        for brick in tl.range(0, bricks, num_stages=STAGES):
+        for brick in tl.range(start, stop, num_stages=STAGES):
             at = w_at + brick * BRICK
             acc = accumulate(
                 acc, x_at + brick * INPUTS, tokens[None, :], words + at, high + at if BITS == 3 else None, None,
@@ -188,7 +188,7 @@ def tile_product(
     else:
         parts = tl.zeros([SPLIT, BN, BM], tl.float32)
         parts = split_product(
-            parts, x, tokens, words, high, scale, zero, first_row, bricks, groups,
+            parts, x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
             BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
         return tl.sum(parts, 0)
@@ -196,7 +196,7 @@ def tile_product(
 
 @triton.jit
 def split_product(
-    parts, x, tokens, words, high, scale, zero, first_row, bricks, groups,
+    parts, x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
     BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -209,12 +209,12 @@ def split_product(
     s = tl.arange(0, SPLIT)
     w_at = (row[:, None] + j[None, :])[None, :, :] + (s * BRICK)[:, None, None]
     x_at = (x[None, :] + j[:, None])[None, :, :] + (s * INPUTS)[:, None, None]
-    for first in tl.range(0, bricks, SPLIT, num_stages=STAGES):
+    for first in tl.range(start, stop, SPLIT, num_stages=STAGES):
         brick = first + s
-        lives = brick < bricks
+        lives = brick < stop
         at = w_at + first * BRICK
         # A brick past the end reads the last one's scales: what they multiply is 0.
-        inside = tl.minimum(brick, bricks - 1)[:, None]
+        inside = tl.minimum(brick, stop - 1)[:, None]
         parts = accumulate(
             parts, x_at + first * INPUTS, tokens[None, None, :] & lives[:, None, None], words + at,
             high + at if BITS == 3 else None, lives[:, None, None], scale, zero, group_row[None, :], inside,

@@ -77,11 +77,12 @@ def test_add_rms_norm(width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_shared", [True, False])
-def test_a_delta_in_parts_is_their_sum(with_shared, dtype):
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_delta_in_parts_is_their_sum(wide, with_shared, dtype):
     h, weight, shared = torch.randn(5, 72).to(dtype), torch.randn(72).to(dtype), torch.randn(5, 72).to(dtype)
-    routed = torch.randn(5, 3, 72).to(dtype)
+    routed = torch.randn(5, 3, 72).to(torch.float32 if wide else dtype)
     parts = Parts(routed.to(DEVICE), shared.to(DEVICE) if with_shared else None)
-    added = moe_triton.combine(parts)
+    added = moe_triton.combine(parts, dtype)
     exact = routed.double().sum(1) + (shared.double() if with_shared else 0)
     assert torch.equal(added.cpu(), exact.to(dtype))
     got, want = (norm_triton.add_rms_norm(strided(h), delta, weight.to(DEVICE), 1e-5) for delta in (parts, added))
@@ -94,7 +95,8 @@ def test_add_rms_norm_linear(tokens, width, rows, dtype):
     """Sum and norm are the norm kernel's, the map is exact but for its last rounding."""
     h, delta, weight = (torch.randn(*s).to(dtype) for s in ((tokens, width), (tokens, width), (width,)))
     proj = (torch.randn(rows, width) / width**0.5).to(dtype)
-    for beside in (strided(delta), None):
+    parts = Parts(torch.randn(tokens, 3, width, device=DEVICE))
+    for beside in (strided(delta), parts, None):
         args = strided(h), beside, weight.to(DEVICE), 1e-5
         total, normed, out = norm_triton.add_rms_norm_linear(*args, proj.to(DEVICE))
         want_total, want = norm_triton.add_rms_norm(*args)

@@ -11,7 +11,7 @@ pytestmark = [needs_triton, pytest.mark.skipif(not can_run, reason="needs a CUDA
 if can_run:
     from klquant.kernels.linear import dispatch
     from klquant.kernels.linear.tiles import Tile
-    from klquant.kernels.linear.triton import linear, linear_beside, unpacked
+    from klquant.kernels.linear.triton import linear, linear_beside, linear_in_parts, unpacked
     from klquant.kernels.moe import grouping, reference, router
     from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
 
@@ -63,6 +63,17 @@ def test_a_plain_weight_beside(bits, tile, dtype):
     y, beside = linear_beside(padded, packed, Tile(*tile), small.to(DEVICE))
     assert torch.equal(y, linear(padded, packed, Tile(*tile)))
     assert error(beside, x.double() @ small.double().T) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("tile", [NARROW, WIDE])
+@pytest.mark.parametrize(("bits", "parts"), [(8, 2), (4, 3), (4, 5)])
+def test_linear_in_parts(bits, parts, tile):
+    """Parts of unlike lengths, one of them empty: 7 or 4 bricks along K."""
+    w = random_weight((33, 448 if bits == 8 else 512), bits, 64)
+    packed, x = dispatch.pack_weight(w).to(DEVICE), torch.randn(3, w.codes.shape[1]).bfloat16()
+    rows = linear_in_parts(x.to(DEVICE), packed, Tile(*tile), parts).rows_TRC
+    assert rows.shape == (3, parts, 33) and rows.dtype == torch.float32
+    assert error(rows.sum(1), x.double() @ exact(w).T) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,6 +152,7 @@ def test_experts(routed, shared, tokens, dtype):
     expert = torch.stack([torch.tensor([0, 1 + t % 2]) for t in range(tokens)]).int()
     weight = torch.rand(tokens, top)
     y = apply_experts(packed, x.to(DEVICE), weight.to(DEVICE), expert.to(DEVICE))
+
     want = torch.zeros(tokens, hidden, dtype=torch.float64)
     for t in range(tokens):
         for r in range(top):

@@ -63,3 +63,8 @@ def linear_tile(w: Packed, tokens: int, gated: bool) -> Tile:
             return make_tile(w.bits, 32, min(32, most_tokens(w, 4)), warps=4, split=4, stages=3)
         return make_tile(w.bits, 64, min(64, most_tokens(w, 1)), warps=4, split=1, stages=4)
     return make_tile(w.bits, 128 if w.row_bricks % 8 == 0 else 64, most_tokens(w, 1), warps=8, split=1, stages=4)
+
+
+def tile_parts(w: Packed, tokens: int) -> int:
+    """Programs that share the inputs of a tile: two for few tokens where rows are few and long, or most would wait."""
+    return 2 if tokens <= 8 and w.row_bricks * 16 < 4608 and w.bricks >= 32 else 1

@@ -10,6 +10,7 @@ from torch import Tensor
 from klquant.kernels.bricks import BRICK, CHUNK, ROWS, fields, tile_product, unpack
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
+from klquant.kernels.norm.parts import Parts
 
 # Inputs of a plain weight that a program reads at once: of two bytes each, what a brick of bytes has.
 PLAIN_INPUTS = tl.constexpr(64)
@@ -47,14 +48,15 @@ def plain_tile(
 
 @triton.jit
 def linear_kernel(
-    x, x_stride, words, high, scale, zero, y, y_stride, tokens, rows, bricks, groups,
+    x, x_stride, words, high, scale, zero, y, y_stride, part_stride, tokens, rows, bricks, groups,
     beside, beside_y, beside_rows, beside_width, beside_tiles,
     BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, BESIDE_BN: tl.constexpr,
 ):  # fmt: skip
-    """y [tokens, rows], and beside_y [tokens, beside_rows] if there is another weight; grid (tiles, tiles of tokens).
+    """y [tokens, rows], and beside_y [tokens, beside_rows] if there is another weight.
 
-    The first `beside_tiles` are the other weight's.
+    Grid (tiles, tiles of tokens, parts): the first `beside_tiles` are the other weight's; each part has some of the
+    bricks along K, and its own y.
     """
     tile = tl.program_id(0) - beside_tiles
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -65,14 +67,17 @@ def linear_kernel(
             beside_width, BESIDE_BN, BM, STAGES, PTX,
         )  # fmt: skip
     else:
+        part = tl.program_id(2)
+        each = tl.cdiv(bricks, tl.num_programs(2))
         acc = tile_product(
             x + m.to(tl.int64) * x_stride, exists, words, high, scale, zero, tile * BN, bricks, groups,
+            part * each, tl.minimum(part * each + each, bricks),
             BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
         if GATED:
             acc = gated(acc)
         n = tile * acc.shape[0] + tl.arange(0, acc.shape[0])
-        at = m.to(tl.int64)[None, :] * y_stride + n[:, None]
+        at = part * part_stride + m.to(tl.int64)[None, :] * y_stride + n[:, None]
         tl.store(y + at, acc.to(y.dtype.element_ty), mask=exists[None, :] & (n < rows)[:, None])
 
 
@@ -82,10 +87,21 @@ def linear(x_MK: Tensor, w: Packed, tile: Tile, *, gated: bool = False, out: Ten
     y = torch.empty(m, rows, dtype=x_MK.dtype, device=x_MK.device) if out is None else out
     grid = (w.row_bricks * 16 // tile.rows, triton.cdiv(m, tile.tokens))
     linear_kernel[grid](
-        x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), m, rows, w.bricks, w.groups, None, None, 0, 0, 0,
+        x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), 0, m, rows, w.bricks, w.groups, None, None, 0, 0, 0,
         BITS=w.bits, GROUP=w.group, GATED=gated, PTX=PTX, BESIDE_BN=0, **tile.options,
     )  # fmt: skip
     return y
+
+
+def linear_in_parts(x_MK: Tensor, w: Packed, tile: Tile, parts: int) -> Parts:
+    """x [M, K padded to whole bricks] → the products of `parts` pieces of K, FP32."""
+    y = torch.empty(x_MK.shape[0], parts, w.n, dtype=torch.float32, device=x_MK.device)
+    grid = (w.row_bricks * 16 // tile.rows, triton.cdiv(x_MK.shape[0], tile.tokens), parts)
+    linear_kernel[grid](
+        x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), y.stride(1), x_MK.shape[0], w.n, w.bricks, w.groups,
+        None, None, 0, 0, 0, BITS=w.bits, GROUP=w.group, GATED=False, PTX=PTX, BESIDE_BN=0, **tile.options,
+    )  # fmt: skip
+    return Parts(y)
 
 
 def linear_beside(x_MK: Tensor, w: Packed, tile: Tile, plain_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +113,8 @@ def linear_beside(x_MK: Tensor, w: Packed, tile: Tile, plain_NK: Tensor) -> tupl
     tiles = triton.cdiv(rows, beside_rows)
     grid = (tiles + w.row_bricks * 16 // tile.rows, triton.cdiv(m, tile.tokens))
     linear_kernel[grid](
-        x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), m, w.n, w.bricks, w.groups, plain_NK, beside_y, rows, width,
-        tiles, BITS=w.bits, GROUP=w.group, GATED=False, PTX=PTX, BESIDE_BN=beside_rows, **tile.options,
+        x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), 0, m, w.n, w.bricks, w.groups, plain_NK, beside_y, rows,
+        width, tiles, BITS=w.bits, GROUP=w.group, GATED=False, PTX=PTX, BESIDE_BN=beside_rows, **tile.options,
     )  # fmt: skip
     return y, beside_y
 

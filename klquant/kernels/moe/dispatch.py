@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from klquant.kernels.linear.dispatch import QuantMLP, Weight, apply_linear, pack_mlp, pad_inputs
@@ -39,20 +40,20 @@ class QuantExperts:
 
 def apply_experts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor:
     """The kernels that the number of tokens asks for."""
-    return added_up(expert_parts(w, x_TC, weight_TR, expert_TR))
+    return added_up(expert_parts(w, x_TC, weight_TR, expert_TR), x_TC.dtype)
 
 
-def added_up(y: Tensor | Parts) -> Tensor:
-    """[T, C]: one launch, or none."""
+def added_up(y: Tensor | Parts, dtype: torch.dtype) -> Tensor:
+    """[T, C] in `dtype`, which a tensor has already: one launch, or none."""
     if isinstance(y, Tensor):
         return y
     from klquant.kernels.moe.triton import combine
 
-    return combine(y)
+    return combine(y, dtype)
 
 
-def expert_parts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor | Parts:
-    """The sum in the last kernel for few tokens, its parts for many."""
+def expert_parts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Parts:
+    """What programs that share a token's routes made for few tokens, each route's row for many."""
     from klquant.kernels.moe.triton import few_tokens, many_tokens
 
     shared = None if w.shared is None else (w.shared.gate_up, w.shared.down)
@@ -86,8 +87,8 @@ def route_tokens(
 
 
 def add_rms_norm_route(
-    h_TC: Tensor, delta_TC: Tensor | None, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor, top: int,
-    scale: float, renormalize: bool, turn_T: Tensor,
+    h_TC: Tensor, delta_TC: Tensor | Parts | None, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor,
+    top: int, scale: float, renormalize: bool, turn_T: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(h + delta, its norm, and the norm's weight and expert as in `route_tokens`): one launch for few tokens."""
     if not h_TC.is_cuda or len(h_TC) > norm.FEW_TOKENS:

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from klquant.kernels.moe.tiles import ROUTER_TOKENS, RouterTile, norm_router_tile, router_tile
-from klquant.kernels.norm.triton import columns, norm_product, sum_and_norm
+from klquant.kernels.norm.parts import Parts
+from klquant.kernels.norm.triton import addends, columns, norm_product, sum_and_norm
 
 # Tokens of a program that only chooses: each has a warp.
 CHOOSE_TOKENS = 4
@@ -150,13 +151,13 @@ def router_kernel(
 def norm_router_kernel(
     h, h_stride, delta, delta_stride, norm, router, bias, total, normed, logits, weight, expert, turn, tokens, experts,
     width, eps, top, scale,
-    BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr, EACH: tl.constexpr,
+    ROWS: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr, EACH: tl.constexpr,
     RENORMALIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The same behind the norm of BT tokens, which each program makes; grid (tiles of BE experts, 1)."""
     acc = norm_product(
         h, h_stride, delta, delta_stride, norm, router, total, normed, None, tokens, width, experts, eps,
-        BE, BT, BC, CHUNKS, EACH,
+        ROWS, BE, BT, BC, CHUNKS, EACH,
     )  # fmt: skip
     finish(
         acc, logits, bias, weight, expert, turn, tokens, experts, top, scale, RENORMALIZE, PARTS, BLOCK_R
@@ -193,19 +194,20 @@ def route_tokens(
 
 
 def add_rms_norm_route(
-    h_TC: Tensor, delta_TC: Tensor | None, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor, top: int,
-    scale: float, renormalize: bool, turn_T: Tensor, tile: RouterTile | None = None,
+    h_TC: Tensor, delta_TC: Tensor | Parts | None, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor,
+    top: int, scale: float, renormalize: bool, turn_T: Tensor, tile: RouterTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(h + delta, its norm, weight, expert) of few tokens in one launch. Rows of h and delta may be strided."""
+    """(h + delta, its norm, weight, expert) of few tokens in one launch. Parts have nothing beside them."""
     (tokens, width), experts = h_TC.shape, len(router_EC)
     weight, expert = _routes(tokens, top, h_TC.device)
     logits = torch.empty(tokens, experts, device=h_TC.device, dtype=torch.float32)
     total, normed = sum_and_norm(h_TC, delta_TC)
+    delta, delta_stride, delta_rows, _ = addends(delta_TC)
     tile = tile or norm_router_tile(tokens)
     assert tile.tokens >= tokens, "a program has all tokens"
     norm_router_kernel[(triton.cdiv(experts, tile.experts), 1)](
-        h_TC, h_TC.stride(0), delta_TC, 0 if delta_TC is None else delta_TC.stride(0), norm_C, router_EC, bias_E, total,
-        normed, logits, weight, expert, turn_T, tokens, experts, width, eps, top, scale,
+        h_TC, h_TC.stride(0), delta, delta_stride, norm_C, router_EC, bias_E, total, normed, logits, weight, expert,
+        turn_T, tokens, experts, width, eps, top, scale, ROWS=delta_rows,
         **_constants(experts, top, renormalize), **tile.options(width),
     )  # fmt: skip
     return h_TC if total is None else total, normed, weight, expert

@@ -1,8 +1,8 @@
 """Routed experts and the shared one.
 
 Few tokens: two launches, nothing sorted. `route_gate_up_kernel` has a program for each (route, tile) and for each tile
-of the shared expert; `route_down_kernel` one for each (token, tile), which walks over that token's experts and the
-shared one, so the sum over routes happens in registers in a fixed order.
+of the shared expert; `route_down_kernel` has some for each (token, tile): each sums a part of that token's routes in
+registers, in a fixed order, and the last has the shared expert. Their sum is left to the next norm.
 Many tokens: routes sorted by expert (`grouping`), tiles of routes that share an expert, a weighted row for each route,
 and `combine_kernel`, or the next norm, adds a token's rows and the shared expert's in a fixed order.
 Shapes: h [T·R, I], in order of route or sorted by expert; shared h [T, I].
@@ -19,6 +19,9 @@ from klquant.kernels.linear.tiles import Tile
 from klquant.kernels.linear.triton import PTX, gated
 from klquant.kernels.moe.grouping import group
 from klquant.kernels.norm.parts import Parts
+
+# Programs that share a token's routes in the second of the few-token kernels; the shared expert has its own.
+ROUTE_PARTS = 2
 
 
 @triton.jit
@@ -37,7 +40,7 @@ def route_gate_up_kernel(
         if SHARED_BITS > 0:
             acc = tile_product(
                 x + m * x_stride, m < tokens, shared_words, shared_high, shared_scale, shared_zero, program * BN,
-                shared_bricks, shared_groups, SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
+                shared_bricks, shared_groups, 0, shared_bricks, SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
             )  # fmt: skip
             at = m[None, :] * shared_inner + (program * (BN // 2) + n)[:, None]
             tl.store(shared_h + at, gated(acc).to(h.dtype.element_ty), mask=(m < tokens)[None, :])
@@ -52,7 +55,7 @@ def route_gate_up_kernel(
             x + (route // top) * x_stride + tl.zeros([BM], tl.int32), m < 1, words + w,
             high + w if high is not None else None, scale + s if scale is not None else None,
             zero + s if zero is not None else None, tile * BN, bricks,
-            groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+            groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
         )  # fmt: skip
         at = route * inner + tile * (BN // 2) + n[:, None] + m[None, :]
         tl.store(h + at, gated(acc).to(h.dtype.element_ty), mask=(m < 1)[None, :])
@@ -62,48 +65,54 @@ def route_gate_up_kernel(
 def route_down_kernel(
     h, inner, expert, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride,
     shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups, shared_h, shared_inner, y, rows,
-    top,
+    top, token_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr,
-    ROUTES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    PTX: tl.constexpr,
+    PARTS: tl.constexpr, ROUTES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """y [T, rows]; grid (tiles of rows, tokens). SPLIT // ROUTES warps share the bricks of each route of the token."""
+    """y [T, parts, rows] FP32; grid (tiles of rows, tokens, parts): PARTS of ROUTES routes, then the shared expert.
+
+    SPLIT // ROUTES warps share the bricks of each route.
+    """
     token = tl.program_id(1)
+    part = tl.program_id(2)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     # One token: column 0 of BM.
     m = tl.arange(0, BM)
-    s = tl.arange(0, SPLIT)
-    j = tl.arange(0, CHUNK)
-    INPUTS: tl.constexpr = CHUNK * fields(BITS)
-    AT_ONCE: tl.constexpr = SPLIT // ROUTES
-    route = s % ROUTES
-    exists = route < top
-    e = tl.load(expert + token * top + route, mask=exists, other=0).to(tl.int64)
-    factor = tl.load(weight + token * top + route, mask=exists, other=0.0)
-    row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
-    w_at = (e * words_stride)[:, None, None] + row[None, :, None] + j[None, None, :]
-    scale_at = (e * scale_stride)[:, None] + ((n // ROWS) * groups * ROWS + n % ROWS)[None, :]
-    x_at = h + ((token * top + route) * inner)[:, None, None] + j[None, :, None] + (m * 0)[None, None, :]
     parts = tl.zeros([SPLIT, BN, BM], tl.float32)
-    for first in tl.range(0, bricks, AT_ONCE, num_stages=STAGES):
-        brick = first + s // ROUTES
-        lives = (exists & (brick < bricks))[:, None, None]
-        inside = tl.minimum(brick, bricks - 1)
-        at = w_at + (inside * BRICK)[:, None, None]
-        parts = accumulate(
-            parts, x_at + (inside * INPUTS)[:, None, None], (m < 1)[None, None, :] & lives, words + at,
-            high + at if BITS == 3 else None, lives, scale, zero, scale_at, inside[:, None], BITS, GROUP, PTX,
-        )  # fmt: skip
-    parts *= factor[:, None, None]
-    if SHARED_BITS > 0:
-        parts = split_product(
-            parts, shared_h + token * shared_inner + m * 0, m < 1, shared_words, shared_high, shared_scale, shared_zero,
-            tl.program_id(0) * BN, shared_bricks, shared_groups,
-            SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
-        )  # fmt: skip
+    if part < PARTS:
+        s = tl.arange(0, SPLIT)
+        j = tl.arange(0, CHUNK)
+        INPUTS: tl.constexpr = CHUNK * fields(BITS)
+        AT_ONCE: tl.constexpr = SPLIT // ROUTES
+        route = part * ROUTES + s % ROUTES
+        exists = route < top
+        e = tl.load(expert + token * top + route, mask=exists, other=0).to(tl.int64)
+        factor = tl.load(weight + token * top + route, mask=exists, other=0.0)
+        row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
+        w_at = (e * words_stride)[:, None, None] + row[None, :, None] + j[None, None, :]
+        scale_at = (e * scale_stride)[:, None] + ((n // ROWS) * groups * ROWS + n % ROWS)[None, :]
+        x_at = h + ((token * top + route) * inner)[:, None, None] + j[None, :, None] + (m * 0)[None, None, :]
+        for first in tl.range(0, bricks, AT_ONCE, num_stages=STAGES):
+            brick = first + s // ROUTES
+            lives = (exists & (brick < bricks))[:, None, None]
+            inside = tl.minimum(brick, bricks - 1)
+            at = w_at + (inside * BRICK)[:, None, None]
+            parts = accumulate(
+                parts, x_at + (inside * INPUTS)[:, None, None], (m < 1)[None, None, :] & lives, words + at,
+                high + at if BITS == 3 else None, lives, scale, zero, scale_at, inside[:, None], BITS, GROUP, PTX,
+            )  # fmt: skip
+        parts *= factor[:, None, None]
+    else:
+        if SHARED_BITS > 0:
+            parts = split_product(
+                parts, shared_h + token * shared_inner + m * 0, m < 1, shared_words, shared_high, shared_scale,
+                shared_zero, tl.program_id(0) * BN, shared_bricks, shared_groups, 0, shared_bricks,
+                SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
+            )  # fmt: skip
     acc = tl.sum(parts, 0)
     store = (m < 1)[None, :] & (n < rows)[:, None]
-    tl.store(y + token * rows + n[:, None] + m[None, :], acc.to(y.dtype.element_ty), mask=store)
+    tl.store(y + token * token_stride + part * rows + n[:, None] + m[None, :], acc, mask=store)
 
 
 @triton.jit
@@ -129,7 +138,7 @@ def grouped_kernel(
             exists = m < tokens
             acc = tile_product(
                 shared_x + m.to(tl.int64) * shared_x_stride, exists, shared_words, shared_high, shared_scale,
-                shared_zero, first_row, shared_bricks, shared_groups,
+                shared_zero, first_row, shared_bricks, shared_groups, 0, shared_bricks,
                 SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
             )  # fmt: skip
             if GATED:
@@ -169,7 +178,7 @@ def _routes(
     acc = tile_product(
         x + source.to(tl.int64) * x_stride, exists, words + w, high + w if high is not None else None,
         scale + s if scale is not None else None, zero + s if zero is not None else None,
-        tl.program_id(0) * BN, bricks, groups, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+        tl.program_id(0) * BN, bricks, groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
     )  # fmt: skip
     if GATED:
         acc = gated(acc)
@@ -204,8 +213,11 @@ def _strides(w: Packed) -> tuple[int, int]:
 def few_tokens(
     x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed, down: Packed,
     shared_gate_up: Packed | None, shared_down: Packed | None, first: Tile, second: Tile,
-) -> Tensor:  # fmt: skip
-    """Routed experts plus the shared one, for at most `first.tokens` tokens: two launches."""
+) -> Parts:  # fmt: skip
+    """Routed experts plus the shared one, for at most `first.tokens` tokens: two launches.
+
+    Their parts are in FP32, one of a program that has some of a token's routes, the last the shared expert's.
+    """
     tokens, top = expert_TR.shape
     device, dtype = x_TC.device, x_TC.dtype
     inner = gate_up.row_bricks * 16 // 2
@@ -218,14 +230,16 @@ def few_tokens(
         *_shared(shared_gate_up), shared_h, shared_inner, shared_tiles, tokens, top,
         BITS=gate_up.bits, GROUP=gate_up.group, **_shared_format(shared_gate_up), PTX=PTX, **first.options,
     )  # fmt: skip
-    y = torch.empty(tokens, down.n, device=device, dtype=dtype)
-    route_down_kernel[(down.row_bricks * 16 // second.rows, tokens)](
+    routes = max(1, triton.next_power_of_2(top) // ROUTE_PARTS)
+    parts = triton.cdiv(top, routes)
+    y = torch.empty(tokens, parts + (shared_down is not None), down.n, device=device, dtype=torch.float32)
+    route_down_kernel[(down.row_bricks * 16 // second.rows, tokens, y.shape[1])](
         h, inner, expert_TR, weight_TR, *down.tensors, down.bricks, down.groups, *_strides(down),
-        *_shared(shared_down), shared_h, shared_inner, y, down.n, top,
-        BITS=down.bits, GROUP=down.group, **_shared_format(shared_down), ROUTES=triton.next_power_of_2(top), PTX=PTX,
+        *_shared(shared_down), shared_h, shared_inner, y, down.n, top, y.stride(0),
+        BITS=down.bits, GROUP=down.group, **_shared_format(shared_down), PARTS=parts, ROUTES=routes, PTX=PTX,
         **second.options,
     )  # fmt: skip
-    return y
+    return Parts(y)
 
 
 def many_tokens(
@@ -261,11 +275,11 @@ def many_tokens(
     return Parts(routed.unflatten(0, (tokens, top)), made if shared else shared_TC)
 
 
-def combine(parts: Parts) -> Tensor:
+def combine(parts: Parts, dtype: torch.dtype) -> Tensor:
     """The sum [T, C]: one launch."""
-    tokens, top, rows = parts.routed_TRC.shape
-    y = torch.empty(tokens, rows, device=parts.routed_TRC.device, dtype=parts.routed_TRC.dtype)
-    combine_kernel[(tokens, triton.cdiv(rows, 1024))](parts.routed_TRC, parts.shared_TC, y, rows, TOP=top, BLOCK=1024)
+    tokens, rows, width = parts.rows_TRC.shape
+    y = torch.empty(tokens, width, device=parts.rows_TRC.device, dtype=dtype)
+    combine_kernel[(tokens, triton.cdiv(width, 1024))](parts.rows_TRC, parts.beside_TC, y, width, TOP=rows, BLOCK=1024)
     return y
 
 

@@ -49,7 +49,8 @@ def add_rms_norm_linear(
 
     Every program makes the norm anew, so the map has to be small. `turn_T` as in `add_rms_norm`.
     """
-    if not h_TC.is_cuda or len(h_TC) > FEW_TOKENS or isinstance(delta_TC, Parts):
+    crowded = isinstance(delta_TC, Parts) and delta_TC.beside_TC is not None
+    if not h_TC.is_cuda or len(h_TC) > FEW_TOKENS or crowded:
         total_TC, normed_TC = add_rms_norm(h_TC, delta_TC, weight_C, eps, turn_T)
         return total_TC, normed_TC, F.linear(normed_TC, proj_NC)
     from klquant.kernels.norm import triton

@@ -20,12 +20,12 @@ def normalize(x, weight, width, eps, DTYPE: tl.constexpr):
 
 @triton.jit
 def add_rms_norm_kernel(
-    h, h_stride, delta, delta_stride, shared, weight, total, normed, turn, width, eps, TOP: tl.constexpr,
+    h, h_stride, delta, delta_stride, beside, weight, total, normed, turn, width, eps, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """total [T, width] = h + delta, unless there is no delta, and its norm; grid (tokens,). `turn` [T] is set to 0.
 
-    TOP > 0: a token's delta is so many rows and `shared`'s one, if any.
+    ROWS > 0: a token's delta is so many rows and `beside`'s one, if any.
     """
     DTYPE: tl.constexpr = h.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
@@ -35,12 +35,12 @@ def add_rms_norm_kernel(
     x = tl.load(h + token * h_stride + c, mask=inside, other=0.0)
     if delta is not None:
         d = tl.load(delta + token * delta_stride + c, mask=inside, other=0.0).to(tl.float32)
-        if TOP > 0:
+        if ROWS > 0:
             # As combine_kernel does.
-            for r in tl.static_range(1, TOP):
+            for r in tl.static_range(1, ROWS):
                 d += tl.load(delta + token * delta_stride + r * width + c, mask=inside, other=0.0).to(tl.float32)
-            if shared is not None:
-                d += tl.load(shared + token * width + c, mask=inside, other=0.0).to(tl.float32)
+            if beside is not None:
+                d += tl.load(beside + token * width + c, mask=inside, other=0.0).to(tl.float32)
             d = d.to(DTYPE).to(tl.float32)
         x = (x.to(tl.float32) + d).to(DTYPE)
         tl.store(total + token * width + c, x, mask=inside)
@@ -54,16 +54,22 @@ def add_rms_norm(
     h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, turn_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(h + delta, its norm). Rows of h and of a delta that is not in parts may be strided."""
-    (tokens, width), top, shared = h_TC.shape, 0, None
-    if isinstance(delta_TC, Parts):
-        delta_TC, shared, top = delta_TC.routed_TRC, delta_TC.shared_TC, delta_TC.routed_TRC.shape[1]
+    tokens, width = h_TC.shape
     total, normed = sum_and_norm(h_TC, delta_TC)
+    delta, delta_stride, rows, beside = addends(delta_TC)
     block = triton.next_power_of_2(width)
     add_rms_norm_kernel[(tokens,)](
-        h_TC, h_TC.stride(0), delta_TC, 0 if delta_TC is None else delta_TC.stride(0), shared, weight_C, total, normed,
-        turn_T, width, eps, TOP=top, BLOCK=block, num_warps=min(8, max(1, block // 256)),
+        h_TC, h_TC.stride(0), delta, delta_stride, beside, weight_C, total, normed, turn_T, width, eps, ROWS=rows,
+        BLOCK=block, num_warps=min(8, max(1, block // 256)),
     )  # fmt: skip
     return h_TC if total is None else total, normed
+
+
+def addends(delta: Tensor | Parts | None) -> tuple[Tensor | None, int, int, Tensor | None]:
+    """As kernels take it: (delta, elements from one token's to the next's, rows a token or 0, a row beside them)."""
+    if isinstance(delta, Parts):
+        return delta.rows_TRC, delta.rows_TRC.stride(0), delta.rows_TRC.shape[1], delta.beside_TC
+    return delta, 0 if delta is None else delta.stride(0), 0, None
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -105,7 +111,8 @@ def columns(BC: tl.constexpr, EACH: tl.constexpr):
 @triton.jit
 def norm_product(
     h, h_stride, delta, delta_stride, weight, proj, total, normed, turn, tokens, width, rows, eps,
-    BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr, EACH: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
     """norm · projᵀ [BN, BT] FP32 of a program's BN rows; each program makes the norm, one stores it."""
     DTYPE: tl.constexpr = h.dtype.element_ty
@@ -130,7 +137,11 @@ def norm_product(
         d = ()
         for i in tl.static_range(CHUNKS):
             inside = (i * BC + c < width) & (t < tokens)
-            d = d + (tl.load(delta + t * delta_stride + i * BC + c, mask=inside, other=0.0),)  # noqa: RUF005
+            at = delta + t * delta_stride + i * BC + c
+            part = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            for r in tl.static_range(1, ROWS):
+                part += tl.load(at + r * width, mask=inside, other=0.0).to(tl.float32)
+            d = d + (part.to(DTYPE),)  # noqa: RUF005
         x = ()
         for i in tl.static_range(CHUNKS):
             x = x + ((h_parts[i].to(tl.float32) + d[i].to(tl.float32)).to(DTYPE),)  # noqa: RUF005
@@ -157,12 +168,13 @@ def norm_product(
 @triton.jit
 def norm_linear_kernel(
     h, h_stride, delta, delta_stride, weight, proj, total, normed, turn, out, tokens, width, rows, eps,
-    BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr, EACH: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
     """out [T, rows] = norm · projᵀ; grid (tiles of BN rows,). `turn` [T], if any, is set to 0."""
     acc = norm_product(
         h, h_stride, delta, delta_stride, weight, proj, total, normed, turn, tokens, width, rows, eps,
-        BN, BT, BC, CHUNKS, EACH,
+        ROWS, BN, BT, BC, CHUNKS, EACH,
     )  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t = tl.arange(0, BT)
@@ -171,22 +183,24 @@ def norm_linear_kernel(
 
 
 def add_rms_norm_linear(
-    h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float, proj_NC: Tensor, turn_T: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(h + delta, its norm, norm · projᵀ) of few tokens. Rows of h and delta may be strided."""
+    h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, proj_NC: Tensor,
+    turn_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(h + delta, its norm, norm · projᵀ) of few tokens. Parts have nothing beside them."""
     (tokens, width), rows = h_TC.shape, len(proj_NC)
     total, normed = sum_and_norm(h_TC, delta_TC)
+    delta, delta_stride, delta_rows, _ = addends(delta_TC)
     out = torch.empty(tokens, rows, dtype=h_TC.dtype, device=h_TC.device)
     block = min(1024, triton.next_power_of_2(width))
     norm_linear_kernel[(triton.cdiv(rows, LINEAR_ROWS),)](
-        h_TC, h_TC.stride(0), delta_TC, 0 if delta_TC is None else delta_TC.stride(0), weight_C, proj_NC, total,
-        normed, turn_T, out, tokens, width, rows, eps, BN=LINEAR_ROWS, BT=triton.next_power_of_2(tokens), BC=block,
+        h_TC, h_TC.stride(0), delta, delta_stride, weight_C, proj_NC, total, normed, turn_T, out, tokens, width, rows,
+        eps, ROWS=delta_rows, BN=LINEAR_ROWS, BT=triton.next_power_of_2(tokens), BC=block,
         CHUNKS=triton.cdiv(width, block), EACH=max(1, block // 128), num_warps=4,
     )  # fmt: skip
     return h_TC if total is None else total, normed, out
 
 
-def sum_and_norm(h_TC: Tensor, delta_TC: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def sum_and_norm(h_TC: Tensor, delta_TC: Tensor | Parts | None) -> tuple[Tensor | None, Tensor]:
     """Where a norm's kernel writes h + delta, if there is a delta, and its norm."""
     normed = torch.empty(h_TC.shape, dtype=h_TC.dtype, device=h_TC.device)
     return None if delta_TC is None else torch.empty_like(normed), normed
