@@ -50,7 +50,7 @@ def absorb_kernel(
     w = tl.load(kv_b + (head * (NOPE + V) + n)[:, None] * RANK + l[None, :])
     x_at = q + b[None, :].to(tl.int64) * q_stride + head * q_head_stride
     x = tl.load(x_at + n[:, None], mask=exists, other=0.0)
-    y = tl.sum(w.to(tl.float32) * x.to(tl.float32), 0)[:, None] if BM == 1 else tl.dot(tl.trans(w), x)
+    y = tl.dot(tl.trans(w), x)
     out_at = out + (b[None, :].to(tl.int64) * H + head) * (RANK + ROPE)
     tl.store(out_at + _field_at(l, RANK, FIELDS)[:, None], y.to(DTYPE), mask=exists)
     if tl.program_id(1) == 0:
@@ -85,7 +85,8 @@ def attend_kernel(
     H: tl.constexpr, BH: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
     FORMAT: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """mean [B, splits, H, RANK] and weight [B, H, splits], base 2, FP32, of the parts that exist; grid (splits, B).
+    """mean [B, splits, H, RANK] of the parts that exist; weight [B, H, splits], base 2, FP32, −∞ of others; grid
+    (splits, B).
 
     data: words of FIELDS latents. factor: the scores' scale · log2 e.
     """
@@ -102,6 +103,8 @@ def attend_kernel(
     tiles, per = _part(n, splits, TOKENS)
     first = split * per
     last = tl.minimum(first + per, tiles)
+    h1 = tl.arange(0, BH)
+    weight_at = weight + (b * H + h1) * splits + split
     if first < last:
         end = tl.minimum(n, last * TOKENS)
         t = tl.arange(0, TOKENS)
@@ -152,50 +155,53 @@ def attend_kernel(
             seen = next_seen
         total = tl.sum(weights, 0)
         mean_at = mean + ((b.to(tl.int64) * splits + split) * H + h) * RANK
-        tl.store(mean_at + tl.arange(0, RANK)[:, None], acc / (total * GAIN)[None, :], mask=h < H)
-        h1 = tl.arange(0, BH)
-        tl.store(weight + (b * H + h1) * splits + split, top + tl.log2(total), mask=h1 < H)
+        tl.store(mean_at + tl.arange(0, RANK)[:, None], (acc / (total * GAIN)[None, :]).to(DTYPE), mask=h < H)
+        tl.store(weight_at, top + tl.log2(total), mask=h1 < H)
+    else:
+        tl.store(weight_at, tl.full([BH], float("-inf"), tl.float32), mask=h1 < H)
 
 
 @triton.jit
 def finish_kernel(
-    mean, weight, kv_b, length, out, batch, splits,
+    mean, weight, kv_b, out, batch, splits,
     H: tl.constexpr, NOPE: tl.constexpr, V: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
-    TOKENS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+    SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H·V]; grid (heads, tiles of BV outputs, tiles of BM sequences). AT_ONCE parts are loaded together."""
+    """out [B, H·V]; grid (heads, tiles of BV outputs, tiles of ROWS / GROUPS sequences).
+
+    Each of ROWS rows adds up every GROUPS-th part of a sequence, AT_ONCE of them loaded together; a sequence's rows
+    meet behind W_UV, in a product that needs 8 rows anyway.
+    """
     DTYPE: tl.constexpr = out.dtype.element_ty
+    BM: tl.constexpr = ROWS // GROUPS
     head = tl.program_id(0)
     v = tl.program_id(1) * BV + tl.arange(0, BV)
-    b = tl.program_id(2) * BM + tl.arange(0, BM)
+    b = tl.program_id(2) * BM + tl.arange(0, ROWS) // GROUPS
+    group = tl.arange(0, ROWS) % GROUPS
     r = tl.arange(0, RANK)
     w = tl.load(kv_b + (head * (NOPE + V) + NOPE + v)[:, None] * RANK + r[None, :])
-    tiles, per = _part(tl.load(length + b, mask=b < batch, other=0), splits, TOKENS)
-    parts = tl.cdiv(tiles, tl.maximum(per, 1))
-    weight_at = weight + (b * H + head)[None, :] * splits
-    i = tl.arange(0, SPLITS)[:, None]
-    heft = tl.load(weight_at + i, mask=i < parts[None, :], other=float("-inf"))
-    top = tl.max(heft, 0)
-    top = tl.where(parts > 0, top, 0.0)
-    total = tl.sum(tl.exp2(heft - top[None, :]), 0)
-    seen = tl.zeros([RANK, BM], tl.float32)
-    mean_at = (
-        mean + (b.to(tl.int64) * splits * H + head)[None, None, :] * RANK + _field_at(r, RANK, FIELDS)[None, :, None]
-    )
-    for start in tl.range(0, tl.max(parts, 0), AT_ONCE):
-        j = start + tl.arange(0, AT_ONCE)
-        lives = j[:, None] < parts[None, :]
-        share = tl.exp2(tl.load(weight_at + j[:, None], mask=lives, other=float("-inf")) - top[None, :])
-        some = tl.load(mean_at + (j * H * RANK)[:, None, None], mask=lives[:, None, :], other=0.0)
-        seen += tl.sum(some * share[:, None, :], 0)
+    weight_at = weight + (b * H + head) * splits
+    i = tl.arange(0, SPLITS)[None, :]
+    heft = tl.load(weight_at[:, None] + i, mask=(b < batch)[:, None] & (i < splits), other=float("-inf"))
+    parts = tl.sum((heft > float("-inf")).to(tl.int32), 1)
     # Padding has no part: 0.
-    seen = (seen / tl.where(parts > 0, total, 1.0)[None, :]).to(DTYPE)
-    if BM == 1:
-        y = tl.sum(w.to(tl.float32) * tl.reshape(seen, [1, RANK]).to(tl.float32), 1)[:, None]
-    else:
-        y = tl.dot(w, seen)
-    out_at = out + b[None, :].to(tl.int64) * (H * V) + head * V + v[:, None]
-    tl.store(out_at, y.to(DTYPE), mask=(b < batch)[None, :])
+    top = tl.where(parts > 0, tl.max(heft, 1), 0.0)
+    total = tl.where(parts > 0, tl.sum(tl.exp2(heft - top[:, None]), 1), 1.0)
+    seen = tl.zeros([ROWS, RANK], tl.float32)
+    mean_at = mean + (b.to(tl.int64) * splits * H + head)[:, None, None] * RANK + r[None, None, :]
+    # In this order of dimensions the parts that a row adds up are one thread's.
+    for start in tl.range(0, tl.max(parts, 0), AT_ONCE * GROUPS, num_stages=1):
+        j = start + tl.arange(0, AT_ONCE)[None, :] * GROUPS + group[:, None]
+        lives = j < parts[:, None]
+        share = tl.exp2(tl.load(weight_at[:, None] + j, mask=lives, other=float("-inf")) - top[:, None])
+        some = tl.load(mean_at + (j * (H * RANK))[:, :, None], mask=lives[:, :, None], other=0.0)
+        seen += tl.sum(some.to(tl.float32) * share[:, :, None], 1)
+    seen = (seen / total[:, None]).to(DTYPE)
+    if FIELDS > 1:
+        seen = tl.reshape(tl.permute(tl.reshape(seen, [ROWS, FIELDS, RANK // FIELDS]), (0, 2, 1)), [ROWS, RANK])
+    y = tl.sum(tl.reshape(tl.dot(w, tl.trans(seen)), [BV, BM, GROUPS]), 2)
+    b = tl.program_id(2) * BM + tl.arange(0, BM)[None, :]
+    tl.store(out + b.to(tl.int64) * (H * V) + head * V + v[:, None], y.to(DTYPE), mask=b < batch)
 
 
 def mla_decode(
@@ -209,14 +215,13 @@ def mla_decode(
     dtype, device = q_BHK.dtype, q_BHK.device
     coded = pages.scale is not None
     sizes = {"H": heads, "RANK": rank, "FIELDS": 2 if coded else 1}
-    columns = 1 if batch == 1 else 8
     q = torch.empty(batch, heads, rank + rope, dtype=dtype, device=device)
-    block = min(128, rank)
+    columns, block = 8 if batch <= 8 else 16, min(128, rank)
     absorb_kernel[(heads, rank // block, triton.cdiv(batch, columns))](
         q_BHK, q_BHK.stride(0), q_BHK.stride(1), kv_b, q, batch, NOPE=nope, ROPE=rope, V=v, BL=block, BM=columns,
         num_warps=4, **sizes,
     )  # fmt: skip
-    mean = torch.empty(batch, tile.splits, heads, rank, dtype=torch.float32, device=device)
+    mean = torch.empty(batch, tile.splits, heads, rank, dtype=dtype, device=device)
     weight = torch.empty(batch, heads, tile.splits, dtype=torch.float32, device=device)
     attend_kernel[(tile.splits, batch)](
         q, pages.data.view(torch.int16) if coded else pages.data, pages.scale, page_table_BM, page_table_BM.stride(0),
@@ -225,10 +230,9 @@ def mla_decode(
         num_warps=tile.warps, H=heads, RANK=rank,
     )  # fmt: skip
     out = torch.empty(batch, heads * v, dtype=dtype, device=device)
-    block = min(32, v)
-    finish_kernel[(heads, v // block, triton.cdiv(batch, columns))](
-        mean, weight, kv_b, length_B, out, batch, tile.splits, NOPE=nope, V=v, TOKENS=tile.tokens,
-        SPLITS=triton.next_power_of_2(tile.splits), AT_ONCE=16 // columns, BV=block, BM=columns,
-        num_warps=4 if columns == 1 else 8, **sizes,
+    block, groups = min(32 if batch <= 16 else 64, v), max(1, 8 // triton.next_power_of_2(batch))
+    finish_kernel[(heads, v // block, triton.cdiv(batch, columns // groups))](
+        mean, weight, kv_b, out, batch, tile.splits, NOPE=nope, V=v, SPLITS=triton.next_power_of_2(tile.splits),
+        AT_ONCE=64 // columns, BV=block, ROWS=columns, GROUPS=groups, num_warps=8, **sizes,
     )  # fmt: skip
     return out
