@@ -7,7 +7,7 @@ from torch import Tensor
 from klquant.kernels.kda.tiles import Tile as KDATile
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
-from klquant.kernels.mla.tiles import Tile
+from klquant.kernels.mla.tiles import Tile, tiles
 from tests.kernels.build import DEVICE, LIMIT, can_run, error
 from tests.triton_interpreter import interpreting, needs_triton, teach_bf16_products, teach_bf16_rounding
 
@@ -203,7 +203,7 @@ def test_mla_decode(stored, dtype, tile):
     q[1] = NAN
     q_BHK = q[:, 5:].unflatten(1, (heads, nope + rope))
     kv_b = (torch.randn(heads * (nope + v), rank) / rank**0.5).to(dtype)
-    for rows in (slice(None), slice(4, 5)):
+    for rows in (slice(None), slice(3, 6), slice(4, 5)):
         args = q_BHK[rows], kv_b, pages, table[rows], length[rows]
         want = mla_reference.mla_decode(
             *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), 0.3
@@ -213,6 +213,34 @@ def test_mla_decode(stored, dtype, tile):
         assert out.shape == want.shape
         assert error(out, want) < 2 * LIMIT[dtype]
         assert not out[length[rows].to(DEVICE) == 0].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [5, 32])
+@pytest.mark.parametrize("splits", [1, 3, 132])
+def test_mla_decode_on_hopper(heads, splits, dtype):
+    """Kernels that the interpreter does not know: what starts early, and pages that are staged."""
+    nope, rope, v, rank = 32, 64, 32, 512
+    lengths = [1, 0, 63, 64, 65, 128, 129, 192 * splits + 1, 200, 2000]
+    q = torch.randn(len(lengths), heads, nope + rope).to(dtype)
+    kv_b = (torch.randn(heads * (nope + v), rank) / rank**0.5).to(dtype)
+    for stored in FORMATS:
+        pages, table, length = cached(lengths, rank + rope, stored or dtype, dtype)
+        kinds = [tile for tile in tiles(splits, 227, True, stored is None) if tile.early or tile.staged]
+        for rows in (slice(None), slice(7, 8)):
+            args = q[rows], kv_b, pages, table[rows], length[rows]
+            want = mla_reference.mla_decode(
+                *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), 0.1
+            )
+            for tile in kinds:
+                on = (a.to(DEVICE) if a is not pages else on_device(a) for a in args)
+                out = mla_triton.mla_decode(*on, 0.1, tile)
+                assert error(out, want) < 2 * LIMIT[dtype], (stored, tile)
+                assert not out[length[rows].to(DEVICE) == 0].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,6 @@
 """How the latents of a sequence are shared among programs: computed from sizes that do not change, nothing is tuned."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # With more shared memory a block than sm80 has, 64 latents at a time fit beside the queries; 32 fit everywhere.
 SM80_KIB = 163
@@ -12,11 +12,32 @@ MOST_TURNS = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """`tokens` latents at a time by `warps` warps; a sequence in up to `splits` parts."""
+    """`tokens` latents at a time by `warps` warps; a sequence in up to `splits` parts.
+
+    early: a launch starts while the one before it still works, and waits for its results only when it has asked for
+        what else it reads (programmatic dependent launch, from sm90 on).
+    staged: 16-bit pages on Hopper, a page at a time: `klquant.kernels.mla.hopper`.
+    """
 
     tokens: int
     warps: int
     splits: int
+    early: bool = False
+    staged: bool = False
+
+    def __str__(self) -> str:
+        kind = (" early" if self.early else "") + (" staged" if self.staged else "")
+        return f"{self.tokens}/{self.warps}/{self.splits}{kind}"
+
+
+def tiles(splits: int, shared_kib: int, hopper: bool, plain: bool) -> list[Tile]:
+    """What a benchmark compares on a card for pages of codes or plain ones."""
+    sizes = [(32, 8), (64, 8)] if shared_kib > SM80_KIB else [(16, 4), (32, 8)]
+    found = [Tile(*size, splits) for size in sizes]
+    if hopper:
+        found += [replace(found[-1], early=True)]
+        found += [replace(found[-1], staged=True, early=early) for early in (False, True)] if plain else []
+    return found
 
 
 def decode_tile(batch: int, most_tokens: int, processors: int, shared_kib: int) -> Tile:

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
 from klquant.kernels.mla.tiles import Tile
@@ -39,9 +40,12 @@ def _field_at(i, SIZE: tl.constexpr, FIELDS: tl.constexpr):
 def absorb_kernel(
     q, q_stride, q_head_stride, kv_b, out, batch, H: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
     V: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr, BL: tl.constexpr, BM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, RANK + ROPE]; grid (heads, tiles of BL latents, tiles of BM sequences)."""
     DTYPE: tl.constexpr = q.dtype.element_ty
+    if EARLY:
+        gdc_launch_dependents()
     head = tl.program_id(0)
     l = tl.program_id(1) * BL + tl.arange(0, BL)
     b = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -83,7 +87,7 @@ def _words(data, row, seen, first, COUNT: tl.constexpr, STRIDE: tl.constexpr):
 def attend_kernel(
     q, data, scale, page_table, table_stride, length, mean, weight, splits, factor,
     H: tl.constexpr, BH: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-    FORMAT: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.constexpr,
+    FORMAT: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """mean [B, splits, H, RANK] of the parts that exist; weight [B, H, splits], base 2, FP32, −∞ of others; grid
     (splits, B).
@@ -97,6 +101,8 @@ def attend_kernel(
     UNIT: tl.constexpr = unit(FORMAT, DTYPE)
     # Keeps a weight times the scale of INT8 codes clear of FP16's small numbers.
     GAIN: tl.constexpr = 128.0 if FORMAT == "int8" else 1.0
+    if EARLY:
+        gdc_launch_dependents()
     split = tl.program_id(0)
     b = tl.program_id(1)
     n = tl.load(length + b)
@@ -109,9 +115,6 @@ def attend_kernel(
         end = tl.minimum(n, last * TOKENS)
         t = tl.arange(0, TOKENS)
         h = tl.arange(0, BH)[None, :]
-        q_at = q + (b.to(tl.int64) * H + h) * (RANK + ROPE)
-        q_latent = tl.load(q_at + tl.arange(0, RANK)[:, None], mask=h < H, other=0.0)
-        q_rope = tl.load(q_at + RANK + tl.arange(0, ROPE)[:, None], mask=h < H, other=0.0)
         acc = tl.zeros([RANK, BH], tl.float32)
         top = tl.full([BH], float("-inf"), tl.float32)
         # Each thread adds up its own weights; they meet after the last tile.
@@ -124,6 +127,12 @@ def attend_kernel(
         if FORMAT != "plain":
             step = tl.load(scale + row, mask=seen, other=0.0) * UNIT
         page = tl.load(pages + tl.minimum(first + 1, last - 1) // (PAGE // TOKENS))
+        # Latents are on their way before the queries are there.
+        if EARLY:
+            gdc_wait()
+        q_at = q + (b.to(tl.int64) * H + h) * (RANK + ROPE)
+        q_latent = tl.load(q_at + tl.arange(0, RANK)[:, None], mask=h < H, other=0.0)
+        q_rope = tl.load(q_at + RANK + tl.arange(0, ROPE)[:, None], mask=h < H, other=0.0)
         for tile in tl.range(first, last, num_stages=1):
             # The next tile's words are on their way to registers while this one's latents are multiplied, its page was
             # looked up a tile before. Latents that come from the turn before go to shared memory once, for both
@@ -158,6 +167,8 @@ def attend_kernel(
         tl.store(mean_at + tl.arange(0, RANK)[:, None], (acc / (total * GAIN)[None, :]).to(DTYPE), mask=h < H)
         tl.store(weight_at, top + tl.log2(total), mask=h1 < H)
     else:
+        if EARLY:
+            gdc_wait()
         tl.store(weight_at, tl.full([BH], float("-inf"), tl.float32), mask=h1 < H)
 
 
@@ -166,6 +177,7 @@ def finish_kernel(
     mean, weight, kv_b, out, batch, splits,
     H: tl.constexpr, NOPE: tl.constexpr, V: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
     SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out [B, H·V]; grid (heads, tiles of BV outputs, tiles of ROWS / GROUPS sequences).
 
@@ -180,6 +192,8 @@ def finish_kernel(
     group = tl.arange(0, ROWS) % GROUPS
     r = tl.arange(0, RANK)
     w = tl.load(kv_b + (head * (NOPE + V) + NOPE + v)[:, None] * RANK + r[None, :])
+    if EARLY:
+        gdc_wait()
     weight_at = weight + (b * H + head) * splits
     i = tl.arange(0, SPLITS)[None, :]
     heft = tl.load(weight_at[:, None] + i, mask=(b < batch)[:, None] & (i < splits), other=float("-inf"))
@@ -188,14 +202,19 @@ def finish_kernel(
     top = tl.where(parts > 0, tl.max(heft, 1), 0.0)
     total = tl.where(parts > 0, tl.sum(tl.exp2(heft - top[:, None]), 1), 1.0)
     seen = tl.zeros([ROWS, RANK], tl.float32)
-    mean_at = mean + (b.to(tl.int64) * splits * H + head)[:, None, None] * RANK + r[None, None, :]
-    # In this order of dimensions the parts that a row adds up are one thread's.
+    # Row after row, and part after part: a thread then has all parts of what it adds up.
+    k = tl.arange(0, AT_ONCE * ROWS)
+    b_at = tl.program_id(2) * BM + k % ROWS // GROUPS
+    mean_at = mean + (b_at.to(tl.int64) * splits * H + head)[:, None] * RANK + r[None, :]
     for start in tl.range(0, tl.max(parts, 0), AT_ONCE * GROUPS, num_stages=1):
-        j = start + tl.arange(0, AT_ONCE)[None, :] * GROUPS + group[:, None]
-        lives = j < parts[:, None]
-        share = tl.exp2(tl.load(weight_at[:, None] + j, mask=lives, other=float("-inf")) - top[:, None])
-        some = tl.load(mean_at + (j * (H * RANK))[:, :, None], mask=lives[:, :, None], other=0.0)
-        seen += tl.sum(some.to(tl.float32) * share[:, :, None], 1)
+        j = start + tl.arange(0, AT_ONCE)[:, None] * GROUPS + group[None, :]
+        lives = j < parts[None, :]
+        share = tl.exp2(tl.load(weight_at[None, :] + j, mask=lives, other=float("-inf")) - top[None, :])
+        part_at = (start + k // ROWS * GROUPS + k % GROUPS) * (H * RANK)
+        lives = tl.reshape(lives, [AT_ONCE * ROWS])[:, None]
+        some = tl.load(mean_at + part_at[:, None], mask=lives, other=0.0).to(tl.float32)
+        some *= tl.reshape(share, [AT_ONCE * ROWS])[:, None]
+        seen += tl.sum(tl.reshape(some, [AT_ONCE, ROWS, RANK]), 0)
     seen = (seen / total[:, None]).to(DTYPE)
     if FIELDS > 1:
         seen = tl.reshape(tl.permute(tl.reshape(seen, [ROWS, FIELDS, RANK // FIELDS]), (0, 2, 1)), [ROWS, RANK])
@@ -214,7 +233,8 @@ def mla_decode(
     nope, v = qk - rope, kv_b.shape[0] // heads - (qk - rope)
     dtype, device = q_BHK.dtype, q_BHK.device
     coded = pages.scale is not None
-    sizes = {"H": heads, "RANK": rank, "FIELDS": 2 if coded else 1}
+    sizes = {"H": heads, "RANK": rank, "FIELDS": 2 if coded else 1, "EARLY": tile.early}
+    early = {"launch_pdl": True} if tile.early else {}
     q = torch.empty(batch, heads, rank + rope, dtype=dtype, device=device)
     columns, block = 8 if batch <= 8 else 16, min(128, rank)
     absorb_kernel[(heads, rank // block, triton.cdiv(batch, columns))](
@@ -223,16 +243,26 @@ def mla_decode(
     )  # fmt: skip
     mean = torch.empty(batch, tile.splits, heads, rank, dtype=dtype, device=device)
     weight = torch.empty(batch, heads, tile.splits, dtype=torch.float32, device=device)
-    attend_kernel[(tile.splits, batch)](
-        q, pages.data.view(torch.int16) if coded else pages.data, pages.scale, page_table_BM, page_table_BM.stride(0),
-        length_B, mean, weight, tile.splits, scale * LOG2E, BH=max(8, triton.next_power_of_2(heads)), ROPE=rope,
-        PAGE=PAGE_SIZE, FORMAT=pages.format, TOKENS=tile.tokens, PTX=PTX,
-        num_warps=tile.warps, H=heads, RANK=rank,
-    )  # fmt: skip
+    parts = length_B, mean, weight, tile.splits, scale * LOG2E
+    table = page_table_BM, page_table_BM.stride(0)
+    padded = triton.next_power_of_2(heads)
+    if tile.staged:
+        from klquant.kernels.mla import hopper
+
+        hopper.attend_kernel[(tile.splits, batch)](
+            q, pages.data, *table, *parts, H=heads, BH=max(32, padded), RANK=rank, ROPE=rope, PAGE=PAGE_SIZE,
+            EARLY=tile.early, num_warps=tile.warps, **early,
+        )  # fmt: skip
+    else:
+        attend_kernel[(tile.splits, batch)](
+            q, pages.data.view(torch.int16) if coded else pages.data, pages.scale, *table, *parts, H=heads,
+            BH=max(8, padded), RANK=rank, ROPE=rope, PAGE=PAGE_SIZE, FORMAT=pages.format, TOKENS=tile.tokens,
+            EARLY=tile.early, PTX=PTX, num_warps=tile.warps, **early,
+        )  # fmt: skip
     out = torch.empty(batch, heads * v, dtype=dtype, device=device)
     block, groups = min(32 if batch <= 16 else 64, v), max(1, 8 // triton.next_power_of_2(batch))
     finish_kernel[(heads, v // block, triton.cdiv(batch, columns // groups))](
         mean, weight, kv_b, out, batch, tile.splits, NOPE=nope, V=v, SPLITS=triton.next_power_of_2(tile.splits),
-        AT_ONCE=64 // columns, BV=block, ROWS=columns, GROUPS=groups, num_warps=8, **sizes,
+        AT_ONCE=64 // columns, BV=block, ROWS=columns, GROUPS=groups, num_warps=8, **sizes, **early,
     )  # fmt: skip
     return out
