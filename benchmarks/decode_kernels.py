@@ -272,17 +272,17 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
                 yield write_case(batch, stored)
             for context in CONTEXTS if only in (None, "mla") else ():
                 yield mla_case(batch, context, stored)
-                for tile in tiles(batch, stored) if sweep else ():
+                for tile in tiles(batch) if sweep else ():
                     yield mla_case(batch, context, stored, tile)
 
 
-def tiles(batch: int, stored: str) -> list[Tile]:
+def tiles(batch: int) -> list[Tile]:
     """Those this card can run, each with half, all and twice the parts that `decode_tile` gives."""
     card = torch.cuda.get_device_properties(0)
     kib = card.shared_memory_per_block_optin >> 10
     splits = decode_tile(batch, 1 << 20, card.multi_processor_count, kib).splits
     counts = sorted({max(1, splits * part // 2) for part in (1, 2, 4)})
-    return [tile for count in counts for tile in mla_tiles(count, kib, card.major == 9, stored == "BF16")]
+    return [tile for count in counts for tile in mla_tiles(count, kib, card.major == 9)]
 
 
 def measure(case: Case) -> Row:

@@ -16,7 +16,7 @@ class Tile:
 
     early: a launch starts while the one before it still works, and waits for its results only when it has asked for
         what else it reads (programmatic dependent launch, from sm90 on).
-    staged: 16-bit pages on Hopper, a page at a time: `klquant.kernels.mla.hopper`.
+    staged: `klquant.kernels.mla.hopper`, a page at a time.
     """
 
     tokens: int
@@ -30,13 +30,13 @@ class Tile:
         return f"{self.tokens}/{self.warps}/{self.splits}{kind}"
 
 
-def tiles(splits: int, shared_kib: int, hopper: bool, plain: bool) -> list[Tile]:
-    """What a benchmark compares on a card for pages of codes or plain ones."""
+def tiles(splits: int, shared_kib: int, hopper: bool) -> list[Tile]:
+    """What a benchmark compares on a card."""
     sizes = [(32, 8), (64, 8)] if shared_kib > SM80_KIB else [(16, 4), (32, 8)]
     found = [Tile(*size, splits) for size in sizes]
     if hopper:
-        found += [replace(found[-1], early=True)]
-        found += [replace(found[-1], staged=True, early=early) for early in (False, True)] if plain else []
+        choices = ((True, False), (False, True), (True, True))
+        found += [replace(found[-1], early=early, staged=staged) for early, staged in choices]
     return found
 
 

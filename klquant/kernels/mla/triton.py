@@ -164,7 +164,7 @@ def attend_kernel(
             seen = next_seen
         total = tl.sum(weights, 0)
         mean_at = mean + ((b.to(tl.int64) * splits + split) * H + h) * RANK
-        tl.store(mean_at + tl.arange(0, RANK)[:, None], (acc / (total * GAIN)[None, :]).to(DTYPE), mask=h < H)
+        tl.store(mean_at + tl.arange(0, RANK)[:, None], (acc * (1.0 / (total * GAIN))[None, :]).to(DTYPE), mask=h < H)
         tl.store(weight_at, top + tl.log2(total), mask=h1 < H)
     else:
         if EARLY:
@@ -215,7 +215,7 @@ def finish_kernel(
         some = tl.load(mean_at + part_at[:, None], mask=lives, other=0.0).to(tl.float32)
         some *= tl.reshape(share, [AT_ONCE * ROWS])[:, None]
         seen += tl.sum(tl.reshape(some, [AT_ONCE, ROWS, RANK]), 0)
-    seen = (seen / total[:, None]).to(DTYPE)
+    seen = (seen * (1.0 / total)[:, None]).to(DTYPE)
     if FIELDS > 1:
         seen = tl.reshape(tl.permute(tl.reshape(seen, [ROWS, FIELDS, RANK // FIELDS]), (0, 2, 1)), [ROWS, RANK])
     y = tl.sum(tl.reshape(tl.dot(w, tl.trans(seen)), [BV, BM, GROUPS]), 2)
@@ -244,20 +244,20 @@ def mla_decode(
     mean = torch.empty(batch, tile.splits, heads, rank, dtype=dtype, device=device)
     weight = torch.empty(batch, heads, tile.splits, dtype=torch.float32, device=device)
     parts = length_B, mean, weight, tile.splits, scale * LOG2E
+    data = pages.data.view(torch.int16) if coded else pages.data
     table = page_table_BM, page_table_BM.stride(0)
     padded = triton.next_power_of_2(heads)
     if tile.staged:
         from klquant.kernels.mla import hopper
 
         hopper.attend_kernel[(tile.splits, batch)](
-            q, pages.data, *table, *parts, H=heads, BH=max(32, padded), RANK=rank, ROPE=rope, PAGE=PAGE_SIZE,
-            EARLY=tile.early, num_warps=tile.warps, **early,
+            q, data, pages.scale, *table, *parts, H=heads, BH=max(32, padded), RANK=rank, ROPE=rope, PAGE=PAGE_SIZE,
+            FORMAT=pages.format, EARLY=tile.early, num_warps=tile.warps, **early,
         )  # fmt: skip
     else:
         attend_kernel[(tile.splits, batch)](
-            q, pages.data.view(torch.int16) if coded else pages.data, pages.scale, *table, *parts, H=heads,
-            BH=max(8, padded), RANK=rank, ROPE=rope, PAGE=PAGE_SIZE, FORMAT=pages.format, TOKENS=tile.tokens,
-            EARLY=tile.early, PTX=PTX, num_warps=tile.warps, **early,
+            q, data, pages.scale, *table, *parts, H=heads, BH=max(8, padded), RANK=rank, ROPE=rope, PAGE=PAGE_SIZE,
+            FORMAT=pages.format, TOKENS=tile.tokens, EARLY=tile.early, PTX=PTX, num_warps=tile.warps, **early,
         )  # fmt: skip
     out = torch.empty(batch, heads * v, dtype=dtype, device=device)
     block, groups = min(32 if batch <= 16 else 64, v), max(1, 8 // triton.next_power_of_2(batch))
