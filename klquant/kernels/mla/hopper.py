@@ -76,12 +76,12 @@ def _weigh(scores, seen, factor, top, weights):
 
 
 @gluon.jit
-def _leave(mean_at, acc, total, H: gl.constexpr, RANK: gl.constexpr):
+def _leave(mean_at, acc, total, ACC: gl.constexpr, H: gl.constexpr, RANK: gl.constexpr):
     """Store the mean [ROWS, BH] at mean_at, pointing to its first row."""
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, 8], [0, 1])
     ROWS: gl.constexpr = acc.shape[0]
     BH: gl.constexpr = acc.shape[1]
-    out = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(0, acc.type.layout))[None, :]
+    out = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(0, ACC))[None, :]
     h = gl.arange(0, BH, gl.SliceLayout(0, OUT))[None, :]
     r = gl.arange(0, ROWS, gl.SliceLayout(1, OUT))[:, None]
     gl.store(mean_at + h * RANK + r, gl.convert_layout(out.to(mean_at.dtype.element_ty), OUT), mask=h < H)
@@ -203,9 +203,9 @@ def attend_kernel(
         total = gl.sum(weights, 0)
         gl.store(weight_at, top + gl.log2(total), mask=h < H)
         mean_at = mean + (b.to(gl.int64) * splits + split) * (H * RANK)
-        _leave(mean_at, acc, total * GAIN, H, RANK)
+        _leave(mean_at, acc, total * GAIN, ACC, H, RANK)
         if CODED:
-            _leave(mean_at + WORDS, acc_odd, total * GAIN, H, RANK)
+            _leave(mean_at + WORDS, acc_odd, total * GAIN, ACC, H, RANK)
     else:
         if EARLY:
             _grid("wait")
