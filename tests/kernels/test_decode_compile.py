@@ -45,19 +45,24 @@ def kda_steps(dtype: torch.dtype, tiles: Iterable[Tile]) -> Iterator:
         )  # fmt: skip
 
 
-def steps(dtype: torch.dtype) -> Iterator:
-    """The launches that do not depend on the card."""
+def write_steps(dtype: torch.dtype, early: bool) -> Iterator:
     from klquant.kernels.mla import write
-    from klquant.kernels.moe import router
-    from klquant.kernels.norm import triton as norm
 
-    yield from kda_steps(dtype, [tile for tile in TILES if not tile.early])
     for stored in STORED:
         pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
         kv_a, position = meta(4, RANK + ROPE, dtype=dtype), meta(4, dtype=torch.int64)
         yield lambda kv_a=kv_a, pages=pages, position=position: write.write_latent(
-            kv_a, meta(RANK, dtype=dtype), pages, position
+            kv_a, meta(RANK, dtype=dtype), pages, position, early
         )
+
+
+def steps(dtype: torch.dtype) -> Iterator:
+    """The launches that do not depend on the card."""
+    from klquant.kernels.moe import router
+    from klquant.kernels.norm import triton as norm
+
+    yield from kda_steps(dtype, [tile for tile in TILES if not tile.early])
+    yield from write_steps(dtype, False)
     h, weight = meta(4, HIDDEN, dtype=dtype), meta(HIDDEN, dtype=dtype)
     yield lambda: norm.add_rms_norm(h, h, weight, 1e-5)
     yield lambda: norm.add_rms_norm(h, None, weight, 1e-5)
@@ -97,6 +102,7 @@ def test_what_starts_early(monkeypatch):
     """Instructions that a card has from sm90 on."""
     found = launches(monkeypatch, kda_steps(torch.bfloat16, [tile for tile in TILES if tile.early]))
     for dtype in (torch.bfloat16, torch.float16):
+        found += launches(monkeypatch, write_steps(dtype, True))
         for stored in STORED:
             kinds = [tile for tile in tiles(132, CARDS[90], True) if tile.early]
             found += launches(monkeypatch, *(mla_steps(dtype, 1, 90, stored, tile) for tile in kinds))

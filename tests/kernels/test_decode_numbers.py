@@ -157,7 +157,7 @@ def test_write_latent(stored, dtype):
     want = poisoned_pages(3, 48, stored or dtype)
     pages = on_device(want)
     kv_a[2] = NAN
-    write.write_latent(strided(kv_a), weight.to(DEVICE), pages, position.to(DEVICE))
+    write.write_latent(strided(kv_a), weight.to(DEVICE), pages, position.to(DEVICE), False)
     mla_reference.write_latent(kv_a, weight, want, position)
     got, bits = pages.data.cpu().view(torch.uint8), want.data.view(torch.uint8)
     # rsqrt of a GPU and of a CPU may differ in the last bit, and so may a rounded value now and then.

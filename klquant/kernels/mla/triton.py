@@ -44,14 +44,16 @@ def absorb_kernel(
 ):  # fmt: skip
     """out [B, H, RANK + ROPE]; grid (heads, tiles of BL latents, tiles of BM sequences)."""
     DTYPE: tl.constexpr = q.dtype.element_ty
-    if EARLY:
-        gdc_launch_dependents()
     head = tl.program_id(0)
     l = tl.program_id(1) * BL + tl.arange(0, BL)
     b = tl.program_id(2) * BM + tl.arange(0, BM)
     exists = (b < batch)[None, :]
     n = tl.arange(0, NOPE)
     w = tl.load(kv_b + (head * (NOPE + V) + n)[:, None] * RANK + l[None, :])
+    if EARLY:
+        gdc_wait()
+        # Not before: what starts then reads what the launch before this one wrote, the newest latent.
+        gdc_launch_dependents()
     x_at = q + b[None, :].to(tl.int64) * q_stride + head * q_head_stride
     x = tl.load(x_at + n[:, None], mask=exists, other=0.0)
     y = tl.dot(tl.trans(w), x)
@@ -239,7 +241,7 @@ def mla_decode(
     columns, block = 8 if batch <= 8 else 16, min(128, rank)
     absorb_kernel[(heads, rank // block, triton.cdiv(batch, columns))](
         q_BHK, q_BHK.stride(0), q_BHK.stride(1), kv_b, q, batch, NOPE=nope, ROPE=rope, V=v, BL=block, BM=columns,
-        num_warps=4, **sizes,
+        num_warps=4, **sizes, **early,
     )  # fmt: skip
     mean = torch.empty(batch, tile.splits, heads, rank, dtype=dtype, device=device)
     weight = torch.empty(batch, heads, tile.splits, dtype=torch.float32, device=device)
