@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -277,12 +277,12 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
 
 
 def tiles(batch: int) -> list[Tile]:
-    """Those this card can run, each with half, all and twice the parts that `decode_tile` gives."""
+    """Those this card can run, the last also with half and twice the parts that `decode_tile` gives."""
     card = torch.cuda.get_device_properties(0)
     kib = card.shared_memory_per_block_optin >> 10
     splits = decode_tile(batch, 1 << 20, card.multi_processor_count, kib).splits
-    counts = sorted({max(1, splits * part // 2) for part in (1, 2, 4)})
-    return [tile for count in counts for tile in mla_tiles(count, kib, card.major == 9)]
+    found = mla_tiles(splits, kib, card.major == 9)
+    return found + [replace(found[-1], splits=count) for count in {max(1, splits // 2), 2 * splits} - {splits}]
 
 
 def measure(case: Case) -> Row:

@@ -1,6 +1,6 @@
 """How the latents of a sequence are shared among programs: computed from sizes that do not change, nothing is tuned."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 # With more shared memory a block than sm80 has, 64 latents at a time fit beside the queries; 32 fit everywhere.
 SM80_KIB = 163
@@ -32,12 +32,10 @@ class Tile:
 
 def tiles(splits: int, shared_kib: int, hopper: bool) -> list[Tile]:
     """What a benchmark compares on a card."""
-    sizes = [(32, 8), (64, 8)] if shared_kib > SM80_KIB else [(16, 4), (32, 8)]
-    found = [Tile(*size, splits) for size in sizes]
-    if hopper:
-        choices = ((True, False), (False, True), (True, True))
-        found += [replace(found[-1], early=early, staged=staged) for early, staged in choices]
-    return found
+    if not hopper:
+        return [Tile(16, 4, splits), Tile(32, 8, splits)] + [Tile(64, 8, splits)] * (shared_kib > SM80_KIB)
+    kinds = [(early, staged) for staged in (False, True) for early in (False, True)]
+    return [Tile(64, 8, splits, early, staged) for early, staged in kinds]
 
 
 def decode_tile(batch: int, most_tokens: int, processors: int, shared_kib: int) -> Tile:
