@@ -11,8 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from klquant.kernels.bricks import _unpack_asm
-from klquant.kernels.mla.words import _fp8_asm, unit
+from klquant.kernels.mla.words import code_asm, unit
 
 BUFFERS = gl.constexpr(2)
 # 16 bytes a thread of 8 warps: rows of 256 or more values, of 64 and of 32.
@@ -55,13 +54,7 @@ def _query(q_at, first: gl.constexpr, COUNT: gl.constexpr, STRIDE: gl.constexpr,
 @gluon.jit
 def _codes(words, FIELD: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
     """As `klquant.kernels.mla.words._codes`."""
-    BF16: gl.constexpr = gl.bfloat16 == DTYPE
-    if FORMAT == "int8":
-        # The unpacking takes codes + 128.
-        ASM: gl.constexpr = _unpack_asm(8, FIELD, BF16)
-        words = words ^ -32640
-    else:
-        ASM: gl.constexpr = _fp8_asm(FIELD, BF16)
+    ASM: gl.constexpr = code_asm(FORMAT, FIELD, gl.bfloat16 == DTYPE)
     return gl.inline_asm_elementwise(ASM, "=r,r", [words], dtype=gl.int16, is_pure=True, pack=2).to(DTYPE, bitcast=True)
 
 
