@@ -3,8 +3,8 @@
     PYTHONPATH=. python3 benchmarks/decode_kernels.py [--only kda|mla|write|norm|router|draw] [--sweep] [--out FILE]
 
 Times are of CUDA graph replays, divided by the calls in the graph; those walk over enough copies of weights, states and
-pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times KDA and MLA
-with other tiles and numbers of parts beside the ones their `decode_tile` gives.
+pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times KDA, MLA
+and the router with other tiles and numbers of parts beside the ones their tables give.
 """
 
 import argparse
@@ -17,20 +17,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_cases import random_weight
 from benchmarks.timing import copies_for, copy_rate, time_us
+from klquant.core.grid import decode
 from klquant.kernels.kda import reference as kda_reference
 from klquant.kernels.kda.dispatch import KDADecode, kda_decode
 from klquant.kernels.kda.tiles import TILES as KDA_TILES
 from klquant.kernels.kda.tiles import Tile as KDATile
+from klquant.kernels.linear.dispatch import QuantLinear
 from klquant.kernels.mla import reference as mla_reference
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, read_latent
 from klquant.kernels.mla.tiles import Tile, decode_tile
 from klquant.kernels.mla.tiles import tiles as mla_tiles
 from klquant.kernels.moe import reference as moe_reference
-from klquant.kernels.moe.dispatch import route_tokens
+from klquant.kernels.moe.dispatch import added_up
+from klquant.kernels.moe.tiles import RouterTile
 from klquant.kernels.norm import reference as norm_reference
 from klquant.kernels.norm.dispatch import add_rms_norm
+from klquant.kernels.norm.parts import Parts
 from klquant.kernels.sample import reference as sample_reference
 from klquant.kernels.sample.dispatch import draw
 
@@ -40,6 +45,10 @@ EXPERTS, TOP, SCALING = 256, 8, 2.446
 VOCAB = 163_840
 BATCHES, CONTEXTS = (1, 8, 32), (128, 16 << 10, 128 << 10)
 STORED = {"BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn, "INT8": torch.int8}
+# Experts, tokens, columns and warps of a program.
+ROUTER_SWEEP = ((1, 8, 512, 4), (2, 8, 256, 4), (2, 8, 512, 4), (2, 8, 512, 8), (4, 8, 256, 4), (4, 8, 512, 8))
+# The same without tokens, of a program that makes the norm as well.
+FUSED_SWEEP = ((1, 512, 4), (2, 256, 4), (2, 512, 4), (2, 1024, 8), (4, 512, 4))
 SCALE = (NOPE + ROPE) ** -0.5
 EPS = 1e-5
 # BF16 results; KDA's and MLA's go through several roundings.
@@ -194,6 +203,24 @@ def norm_case(tokens: int) -> Case:
     return Case("add_rms_norm", tokens, 0, lambda i: add_rms_norm(h[i], delta[i], weight, EPS), copies, check, nbytes)
 
 
+def parts_case(tokens: int, apart: bool) -> Case:
+    """A norm that adds up what the experts made of a token, or has it added up before."""
+    nbytes = 2 * tokens * HIDDEN * (TOP + 4)
+    copies = copies_for(nbytes)
+    h, weight = bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
+    parts = [Parts(bf16(tokens, TOP, HIDDEN), bf16(tokens, HIDDEN)) for _ in range(copies)]
+
+    def run(i: int) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(h[i], added_up(parts[i]) if apart else parts[i], weight, EPS)
+
+    def check() -> float:
+        total, normed = run(0)
+        assert torch.equal(total, h[0] + added_up(parts[0]))
+        return error(normed, norm_reference.rms_norm(total.double(), weight.double(), EPS))
+
+    return Case(f"norm of parts{', apart' if apart else ''}", tokens, 0, run, copies, check, nbytes)
+
+
 def low_case(tokens: int, fused: bool) -> Case:
     """A norm and what KDA's gates and b read of it."""
     rows = 2 * LOW + HEADS
@@ -219,6 +246,26 @@ def low_case(tokens: int, fused: bool) -> Case:
     return Case(f"norm_low {'fused' if fused else 'apart'}", tokens, 0, run, copies, check, nbytes)
 
 
+def qkv_case(tokens: int, beside: bool) -> Case:
+    """KDA's projections in INT8 and what its gates and b read, in one launch or apart."""
+    rows, low_rows = 3 * HEADS * DIM, 2 * LOW + HEADS
+    nbytes = rows * HIDDEN + 2 * rows * (HIDDEN // 128) + 2 * low_rows * HIDDEN
+    copies = copies_for(nbytes)
+    codes = [random_weight((rows, HIDDEN), 8) for _ in range(copies)]
+    weights = [QuantLinear.of(w) for w in codes]
+    x, low = bf16(tokens, HIDDEN), bf16(copies, low_rows, HIDDEN, scale=HIDDEN**-0.5)
+
+    def run(i: int) -> tuple[Tensor, Tensor]:
+        return weights[i].beside(x, low[i]) if beside else (weights[i](x), x @ low[i].T)
+
+    def check() -> float:
+        y, found = run(0)
+        exact = x.double() @ decode(codes[0].codes, codes[0].scale, None, codes[0].spec, torch.float64).T
+        return max(error(y, exact), error(found, x.double() @ low[0].double().T))
+
+    return Case(f"qkv_low {'beside' if beside else 'apart'}", tokens, 0, run, copies, check, nbytes)
+
+
 def draw_case(batch: int, noise: bool) -> Case:
     copies = copies_for(2 * batch * VOCAB)
     z, seed = bf16(copies, batch, VOCAB, scale=4.0), torch.arange(batch, device="cuda")
@@ -234,21 +281,50 @@ def draw_case(batch: int, noise: bool) -> Case:
     return Case(f"draw {'noise' if noise else 'greedy'}", batch, 0, run, copies, check, 2 * batch * VOCAB)
 
 
-def router_case(tokens: int) -> Case:
+def router_case(tokens: int, how: str, tile: RouterTile | None = None) -> Case:
+    """A norm, which clears `turn` in a step too, and the router behind it.
+
+    `one`: a launch behind the norm; `fused`: one that makes a norm of its own; `two`: cuBLAS's logits, then the choice.
+    """
     nbytes = 4 * EXPERTS * HIDDEN + 2 * tokens * HIDDEN
     copies = copies_for(nbytes)
-    x, bias = bf16(tokens, HIDDEN), torch.randn(EXPERTS, device="cuda") * 0.1
-    router = torch.randn(copies, EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5
+    h, norm, bias = bf16(tokens, HIDDEN), 1 + bf16(HIDDEN, scale=0.1), torch.randn(EXPERTS, device="cuda") * 0.1
+    maps = torch.randn(copies, EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5
+    turn = torch.empty(tokens, device="cuda", dtype=torch.int32)
+
+    def run(i: int) -> tuple[Tensor, ...]:
+        from klquant.kernels.moe import router
+
+        choice = maps[i], bias, TOP, SCALING, True
+        _, x = add_rms_norm(h, h, norm, EPS, turn)
+        if how == "fused":
+            return router.add_rms_norm_route(h, h, norm, EPS, *choice, turn, tile)[1:]
+        return x, *router.route_tokens(x, *choice, None if how == "two" else turn, tile)
 
     def check() -> float:
-        weight, expert = route_tokens(x, router[0], bias, TOP, SCALING, True)
-        want, chosen = moe_reference.route_tokens(x.double(), router[0].double(), bias.double(), TOP, SCALING, True)
+        x, weight, expert = run(0)
+        args = x.double(), maps[0].double(), bias.double(), TOP, SCALING, True
+        want, chosen = moe_reference.route_tokens(*args)
         # Two scores nearer than FP32 tells apart may change places.
         same = (expert == chosen).all(-1)
         return error(weight[same], want[same]) if same.float().mean() > 0.98 else float("nan")
 
-    run = lambda i: route_tokens(x, router[i], bias, TOP, SCALING, True)  # noqa: E731
-    return Case("route_tokens", tokens, 0, run, copies, check, nbytes)
+    name = f"norm + route {how}"
+    if tile:
+        name += f" {tile.experts}/{tile.tokens}/{tile.columns}/{tile.warps}"
+    return Case(name, tokens, 0, run, copies, check, nbytes)
+
+
+def router_cases(tokens: int, sweep: bool) -> Iterator[Case]:
+    yield router_case(tokens, "two")
+    yield router_case(tokens, "one")
+    if tokens <= 4:
+        yield router_case(tokens, "fused")
+        most = 1 << (tokens - 1).bit_length()
+        for rows, columns, warps in FUSED_SWEEP if sweep else ():
+            yield router_case(tokens, "fused", RouterTile(rows, most, columns, warps))
+    for sizes in ROUTER_SWEEP if sweep else ():
+        yield router_case(tokens, "one", RouterTile(*sizes))
 
 
 def cases(only: str | None, sweep: bool) -> Iterator[Case]:
@@ -259,14 +335,20 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
                 yield kda_case(batch, tile)
         if only in (None, "norm"):
             yield norm_case(batch)
+            yield parts_case(batch, apart=False)
+            yield parts_case(batch, apart=True)
             for tokens in {1: (1, 2, 4), 8: (8,)}.get(batch, ()):
                 yield low_case(tokens, fused=True)
                 yield low_case(tokens, fused=False)
+            for tokens in {8: (8, 16), 32: (32, 64)}.get(batch, ()):
+                yield qkv_case(tokens, beside=True)
+                yield qkv_case(tokens, beside=False)
         if only in (None, "draw"):
             yield draw_case(batch, noise=False)
             yield draw_case(batch, noise=True)
         if only in (None, "router"):
-            yield router_case(batch)
+            for tokens in {1: (1, 2, 4), 32: (16, 32, 64)}.get(batch, (batch,)):
+                yield from router_cases(tokens, sweep)
         for stored in STORED:
             if only in (None, "write"):
                 yield write_case(batch, stored)

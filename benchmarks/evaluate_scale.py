@@ -4,7 +4,8 @@
 
 A checkpoint of noise, the first layers of the 48B, is written into FOLDER (or found there) and passed as `klquant eval`
 passes a reference that does not fit: a layer read, all windows of a round through it, the next one; then head, top
-tokens and samples of every distribution. Seconds by kind of layer, peak memory, and what follows for 27 layers.
+tokens and samples of every distribution. Before that a batch passes the first layer of each kind, which builds and
+tunes kernels. Seconds by layer and by kind of layer, peak memory, and what follows for 27 layers.
 """
 
 import sys
@@ -19,6 +20,7 @@ from benchmarks.quantize_scale import GIB, HostPeak
 from benchmarks.synthetic import bytes_of, kind_of, make_config, open_checkpoint
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.quantized import QuantizedReader
+from klquant.core.allocator import grow_segments
 from klquant.evaluate import trace
 from klquant.evaluate.score import reference_window
 from klquant.evaluate.source import DeviceSource
@@ -27,21 +29,44 @@ from klquant.model.weights import LayerWeights
 
 
 class TimedRunner(Runner):
-    """A runner that says how long each layer took: reading it, and passing windows through it."""
+    """A runner that says how long each layer took, each time it was read: that, and passing windows through it."""
 
-    reading: defaultdict[int, float]
-    passing: defaultdict[int, float]
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.resident = False  # as the whole model would be read
+        self.rows: list[list] = []  # layer, seconds of reading, seconds of passing
+        self.said = 0
 
     def layer(self, layer: int) -> LayerWeights:
+        self.say()
         began = self._now()
         w = super().layer(layer)
-        self.reading[layer] += self._now() - began
+        self.rows.append([layer, self._now() - began, 0.0])
         return w
 
     def _pass(self, w: LayerWeights, layer: int, batch: trace.Trace) -> None:
         began = self._now()
         super()._pass(w, layer, batch)
-        self.passing[layer] += self._now() - began
+        self.rows[-1][2] += self._now() - began
+
+    def say(self) -> None:
+        """Print the layers that are done and were not printed yet."""
+        for layer, reading, passing in self.rows[self.said :]:
+            kind = kind_of(self.config, layer)
+            print(f"  layer {layer} ({kind}): reading {reading:.2f} s, passing {passing:.2f} s", flush=True)
+        self.said = len(self.rows)
+
+    def warm_up(self, ids_BS: torch.Tensor) -> None:
+        """A batch through the first layer of each kind."""
+        kinds = [kind_of(self.config, layer) for layer in range(self.config.num_layers)]
+        for kind in dict.fromkeys(kinds):
+            w = self.layer(kinds.index(kind))
+            with torch.no_grad():
+                self._pass(w, kinds.index(kind), trace.Trace(list(range(len(ids_BS))), self._embed(ids_BS)))
+            del w
+        self.say()
+        self.rows.clear()
+        self.said = 0
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -49,12 +74,14 @@ class TimedRunner(Runner):
         return time.perf_counter()
 
 
-def by_kind(config: KimiLinearConfig, seconds: dict[int, float]) -> dict[str, float]:
-    """Mean seconds of a layer of each kind, without the first of a kind, which builds kernels, where there are more."""
-    rows = defaultdict(list)
-    for layer, value in sorted(seconds.items()):
-        rows[kind_of(config, layer)].append(value)
-    return {kind: sum(r[1:] or r) / len(r[1:] or r) for kind, r in rows.items()}
+def by_kind(config: KimiLinearConfig, rows: list[list]) -> dict[str, tuple[float, float]]:
+    """Mean seconds that reading and passing a layer of each kind took, all its rounds together."""
+    sums = defaultdict(lambda: [0.0, 0.0])
+    for layer, reading, passing in rows:
+        sums[kind_of(config, layer)][0] += reading
+        sums[kind_of(config, layer)][1] += passing
+    layers = Counter(kind_of(config, layer) for layer in range(config.num_layers))
+    return {kind: (reading / layers[kind], passing / layers[kind]) for kind, (reading, passing) in sums.items()}
 
 
 @click.command(help=__doc__)
@@ -66,6 +93,7 @@ def by_kind(config: KimiLinearConfig, seconds: dict[int, float]) -> dict[str, fl
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--small", is_flag=True, help="Narrow layers, few experts: to try the benchmark out.")
 def main(folder, layers, windows, window, gpu_memory, device, small):
+    grow_segments()  # as the command line does
     device = torch.device(device)
     cuda = device.type == "cuda"
     if cuda:
@@ -80,27 +108,29 @@ def main(folder, layers, windows, window, gpu_memory, device, small):
     whole = KimiLinearConfig.from_dict(make_config(None, small), "48b")
     reader = QuantizedReader(files, None)
     runner = TimedRunner(DeviceSource(reader, device), torch.bfloat16 if cuda else torch.float32, device)
-    runner.resident = False  # as the whole model would be read
-    runner.reading, runner.passing = defaultdict(float), defaultdict(float)
     ids_WS = torch.randint(whole.vocab_size, (windows, window), generator=torch.Generator().manual_seed(0))
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    print("one batch, which builds and tunes kernels", flush=True)
+    runner.warm_up(ids_WS[runner.batches(ids_WS)[0]])
+    print(f"{windows} × {window} tokens", flush=True)
     head, began = 0.0, time.perf_counter()
     with HostPeak() as host:
         for batch in runner.run(ids_WS, runner.batches(ids_WS)):
+            runner.say()
             since = time.perf_counter()
             for i, row in enumerate(batch.windows):
                 record = reference_window(runner, batch, i, ids_WS[row], "topk")
                 assert record["nll"].isfinite().all(), "noise must score as noise"
             head += time.perf_counter() - since
     seconds, tokens = time.perf_counter() - began, windows * window
-    reading, passing = by_kind(reader.config, runner.reading), by_kind(reader.config, runner.passing)
+    kinds = by_kind(reader.config, runner.rows)
     print(f"{'seconds a layer':<18}{'reading':>9}{'passing':>9}")
-    for kind in passing:
-        print(f"{kind:<18}{reading[kind]:>9.2f}{passing[kind]:>9.2f}")
+    for kind, (reading, passing) in kinds.items():
+        print(f"{kind:<18}{reading:>9.2f}{passing:>9.2f}")
     counts = Counter(kind_of(whole, layer) for layer in range(whole.num_layers))
-    each = {kind: reading[kind] + passing[kind] for kind in passing}
+    each = {kind: sum(both) for kind, both in kinds.items()}
     total = sum(n * each.get(kind, max(each.values())) for kind, n in counts.items()) + head
     peak = f"{torch.cuda.max_memory_reserved(device) / GIB:.2f} GiB on the card (torch, reserved), " if cuda else ""
     print("\nsummary")

@@ -93,7 +93,7 @@ def run_linear(case: Case, x: Tensor, w: Packed) -> Tensor:
 
 
 def run_experts(case: Case, x: Tensor, w: QuantExperts, weight: Tensor, expert: Tensor) -> Tensor:
-    from klquant.kernels.moe.triton import few_tokens, many_tokens
+    from klquant.kernels.moe.triton import combine, few_tokens, many_tokens
 
     if not case.tiles:
         return apply_experts(w, x, weight, expert)
@@ -101,7 +101,7 @@ def run_experts(case: Case, x: Tensor, w: QuantExperts, weight: Tensor, expert: 
         return few_tokens(x, weight, expert, w.gate_up, w.down, w.shared.gate_up, w.shared.down, *case.tiles)
     beside = (w.shared.gate_up, w.shared.down) if shares_launch(w.shared, case.tiles) else None
     apart = None if beside else w.shared(x)
-    return many_tokens(x, weight, expert, w.gate_up, w.down, beside, apart, *case.tiles)
+    return combine(many_tokens(x, weight, expert, w.gate_up, w.down, beside, apart, *case.tiles))
 
 
 def check(case: Case) -> float:

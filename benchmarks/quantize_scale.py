@@ -25,6 +25,7 @@ from benchmarks.quantize_kernels import compare, compare_grouped
 from benchmarks.synthetic import bytes_of, kind_of, make_config, noise_text, open_checkpoint
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.reader import CheckpointReader
+from klquant.core.allocator import grow_segments
 from klquant.core.memory import free_memory
 from klquant.pipeline.placement import Limits
 from klquant.pipeline.report import Silent, Traffic
@@ -195,6 +196,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="Or several.")
 @click.option("--small", is_flag=True, help="Narrow layers, few experts: to try the benchmark out.")
 def main(folder, layers, windows, window, recipes, gpu_memory, cpu_memory, kernels, twice, device, small):
+    grow_segments()  # as the command line does
     first = torch.device(device.partition(",")[0])
     cuda = first.type == "cuda"
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name(first) if cuda else 'CPU'}, "

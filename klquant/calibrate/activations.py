@@ -91,7 +91,7 @@ class Activations:
         while done < len(buffer):
             n = os.preadv(self._fd, [buffer[done:]], start * self._row + done)
             if n == 0:
-                raise UserError(f"{self.path}: truncated activations; start again without --resume")
+                raise UserError(f"{self.path}: cut short while in use; go on with --resume")
             done += n
         return out
 
@@ -108,7 +108,9 @@ class Activations:
             while done < len(buffer):
                 done += os.pwritev(self._fd, [buffer[done:]], start * self._row + done)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}; free disk space, then resume") from None
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}; free disk space, then --resume"
+            ) from None
 
     def sync(self) -> None:
         if self._fd >= 0:

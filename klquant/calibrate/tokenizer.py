@@ -148,7 +148,7 @@ def _special_id(name: str, backend: Backend, settings: dict, folder: Path) -> in
     text = settings.get(name)
     text = text.get("content") if isinstance(text, dict) else text
     if text is not None:
-        token_id = backend.token_id(text)
+        token_id = backend.token_id(text) if isinstance(text, str) else None
         if token_id is None:
             raise UserError(f"{folder / 'tokenizer_config.json'}: {name} {text!r} is not a token of this tokenizer")
         return token_id

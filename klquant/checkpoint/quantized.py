@@ -128,8 +128,8 @@ class QuantizedReader:
         """The grid of a module (hub name without `.weight`), or None where it is stored as it is."""
         return self.specs.get(module)
 
-    def quantized(self, module: str) -> Quantized:
-        """A module's codes and scales. Raises UserError when they are damaged."""
+    def quantized(self, module: str, device: torch.device | str = "cpu") -> Quantized:
+        """A module's codes and scales, checked and unpacked on `device`. Raises UserError when they are damaged."""
         spec = self.spec(module)
         assert spec is not None, f"{module} is not quantized"
         shape = self.shape(module)
@@ -138,7 +138,8 @@ class QuantizedReader:
             info = self.files.info(name)
             if info.shape != size:
                 raise UserError(f"{info.shard}: tensor {name} has shape {list(info.shape)}, expected {list(size)}")
-            tensors[name] = self.files.read(name)
+            # The shape, two numbers, is asked for here.
+            tensors[name] = self.files.read(name).to("cpu" if name.endswith("weight_shape") else device)
         self.check_values(f"{module}.weight_scale", tensors[f"{module}.weight_scale"])
         self.check_values(f"{module}.weight_shape", tensors[f"{module}.weight_shape"])
         return decompress(tensors, spec)

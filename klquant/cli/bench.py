@@ -66,7 +66,7 @@ def command(
     """
     if (model is None) == (synthetic is None):
         raise click.UsageError("give either MODEL or --synthetic NAME")
-    if recipe and not synthetic:
+    if recipe and synthetic is None:
         raise click.UsageError("--recipe goes with --synthetic; a checkpoint is what it is")
     from klquant.cli.bench_run import bench_json, run
     from klquant.cli.bench_table import Notes, print_bench
@@ -81,7 +81,7 @@ def command(
     with Notes(quiet=as_json) as notes:
         if kind == "cpu":
             notes.note("no GPU: this times the plain torch path, which is slow and only meant to work everywhere")
-        source = _Checkpoint(model) if model else _Synthetic(synthetic, recipe or DEFAULT_RECIPE)
+        source = _Checkpoint(model) if synthetic is None else _Synthetic(synthetic, recipe or DEFAULT_RECIPE)
         result = run(source, found, cells, int(cache_bits), notes)
     if as_json:
         click.echo(json.dumps(bench_json(result), indent=1))

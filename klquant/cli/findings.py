@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.index import read_json
@@ -31,6 +31,36 @@ class Record(BaseModel):
     fallback: str | None = None
 
 
+class Source(BaseModel):
+    """Calibration text of one origin."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+    windows: int
+
+
+class Calibration(BaseModel):
+    """The text that a checkpoint was calibrated on: `windows` of `window` tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    sources: list[Source]
+    windows: int
+    window: int
+
+
+class Change(BaseModel):
+    """What the target kept in 16 bits although the recipe quantizes it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    cls: str = Field(alias="class")
+    roles: list[str]
+    count: int
+    why: str
+
+
 class Provenance(BaseModel):
     """What `inspect` reads of klquant.json."""
 
@@ -39,8 +69,8 @@ class Provenance(BaseModel):
     versions: dict[str, str]
     recipe: dict
     target: str
-    changes: list[dict]
-    calibration: dict | None
+    changes: list[Change]
+    calibration: Calibration | None
     tensors: dict[str, Record]
     expert_tokens: dict[int, list[int]]
     fallbacks: list[str]

@@ -73,8 +73,8 @@ def findings_json(found) -> dict:
         ],
         "fallbacks": fallbacks(found),
         "provenance": p and {
-            "recipe": p.recipe.get("name"), "target": p.target, "versions": p.versions, "calibration": p.calibration,
-            "changes": p.changes,
+            "recipe": p.recipe.get("name"),
+            **p.model_dump(include={"target", "versions", "calibration", "changes"}, by_alias=True),
         },
     }  # fmt: skip
 

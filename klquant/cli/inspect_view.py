@@ -50,12 +50,12 @@ def _print_head(out: Console, found: Findings) -> None:
     made += [f"{name} {version}" for name, version in p.versions.items() if name in ("torch", "compressed-tensors")]
     out.print(Text(" · ".join(made), style="dim"))
     if (c := p.calibration) is not None:
-        sources = ", ".join(f"{s['name']} {s['windows']}" for s in c["sources"])
-        tokens = f"{c['windows'] * c['window']:,} tokens: {c['windows']:,} windows of {c['window']:,}"
+        sources = ", ".join(f"{s.name} {s.windows}" for s in c.sources)
+        tokens = f"{c.windows * c.window:,} tokens: {c.windows:,} windows of {c.window:,}"
         out.print(Text(f"calibrated on {tokens} ({sources})", style="dim"))
     for change in p.changes:
-        what = f"{change['class']} {', '.join(change['roles'])}: {change['count']} tensors kept"
-        out.print(Text(f"for {p.target} {what}. {change['why']}.", style="dim"))
+        what = f"{change.cls} {', '.join(change.roles)}: {change.count} tensors kept"
+        out.print(Text(f"for {p.target} {what}. {change.why}.", style="dim"))
 
 
 def _stored(found: Findings, by_role: bool) -> Table:

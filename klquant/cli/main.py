@@ -5,10 +5,13 @@ A command's module is imported when the command runs, so that `--help` and `--ve
 
 import errno
 import importlib
+import io
+import sys
 
 import click
 
 import klquant
+from klquant.core.allocator import grow_segments
 from klquant.errors import UserError
 
 # name → (module that defines `command`, one line for --help)
@@ -25,6 +28,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("klquant.cli.inspect", "Show what a checkpoint stores how, and where the error is."),
     "verify": ("klquant.cli.verify", "Check that a checkpoint is whole: exit code 0, or 1 and a list of problems."),
 }
+
+# What works on a card layer by layer, and asks for memory in pieces of many sizes. The engine holds what it has.
+LAYER_BY_LAYER = {"quantize", "eval", "sensitivity", "sweep"}
 
 
 class Failure(click.ClickException):
@@ -45,6 +51,8 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in LAYER_BY_LAYER:
+            grow_segments()
         return importlib.import_module(COMMANDS[name][0]).command if name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -52,6 +60,9 @@ class Commands(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal may know fewer characters than are shown
         try:
             return super().invoke(ctx)
         except UserError as e:
@@ -60,9 +71,11 @@ class Commands(click.Group):
             help_for = f" (see {e.ctx.command_path} --help)" if e.ctx else ""
             raise Failure(f"error: {e.format_message().removesuffix('.')}{help_for}", 2) from e
         except OSError as e:
-            if e.errno != errno.ENOSPC:
-                raise
-            raise Failure(f"error: {e.filename or 'output'}: no space left; free disk space", 2) from e
+            if e.errno == errno.ENOSPC:
+                raise Failure(f"error: {e.filename or 'output'}: no space left; free disk space", 2) from e
+            if e.errno == errno.ENAMETOOLONG:
+                raise Failure(f"error: {e.filename!s:.60}…: longer than a file's name may be", 2) from e
+            raise
         except KeyboardInterrupt as e:
             raise Failure("interrupted", 130) from e
 

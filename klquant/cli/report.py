@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -46,12 +47,13 @@ def write_report(comparison, out: Path | None, form: str | None) -> None:
     if out is None:
         click.echo(text, nl=False)
         return
-    part = out.with_name(f".{out.name}.part")
+    part = out.parent / f".{out.name}.part"
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, out)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise UserError(f"{out}: cannot be written: {error.strerror}") from None
 
 

@@ -1,6 +1,5 @@
 """`klquant sweep MODEL --recipes …`: quantize, evaluate and report in one go; what is finished is not done again."""
 
-import json
 import shutil
 import sys
 from collections.abc import Iterable
@@ -189,7 +188,7 @@ class Sweep:
 
     def _claim(self) -> None:
         """Make the folder, or find it as it was left. Raises UserError when it is another sweep's, or a checkpoint."""
-        from klquant.checkpoint.index import CONFIG
+        from klquant.checkpoint.index import CONFIG, read_json
         from klquant.checkpoint.writer import write_json
 
         ours = {
@@ -203,9 +202,9 @@ class Sweep:
         try:
             for part in (MODELS, RESULTS):
                 (self.out / part).mkdir(parents=True, exist_ok=True)
-            theirs = json.loads(file.read_text()) if file.exists() else ours
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: {error}; choose another folder") from None
+        except OSError as error:
+            raise UserError(f"{self.out}: cannot be created: {error.strerror}; choose another folder") from None
+        theirs = read_json(file) if file.exists() else ours
         changed = [key for key in ours if theirs.get(key) != ours[key]]
         if changed:
             raise UserError(

@@ -23,7 +23,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_devices(names: str) -> list[torch.device]:
-    """One device or several of a kind, `cuda:0,cuda:1`. Raises UserError when one is not there or comes twice."""
+    """One device or several of a kind, `cuda:0,cuda:1`. Raises UserError when one is not there or a card
+    comes twice."""
     devices = [pick_device(name.strip()) for name in names.split(",")]
     if len({device.type for device in devices}) > 1:
         raise UserError(f"devices {names}: of several kinds; a result depends on the kind of device")

@@ -7,6 +7,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+# Memory on a card that torch's allocator does not count: CUDA context and kernels.
+CUDA_CONTEXT = 600 << 20
+
 
 def free_memory(device: torch.device | None = None) -> int:
     """Bytes that can be used now: of a CUDA device, or of the host without swapping."""
@@ -28,6 +31,12 @@ def free_memory(device: torch.device | None = None) -> int:
 def total_memory(device: torch.device) -> int:
     """Bytes of a CUDA device's memory."""
     return torch.cuda.mem_get_info(device)[1]
+
+
+def limit_memory(device: torch.device, nbytes: int) -> None:
+    """Let torch take at most `nbytes` of a CUDA device, what CUDA itself takes (`CUDA_CONTEXT`) not counted."""
+    # By index: torch takes no `cuda` without a number here, but None for the current one.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total_memory(device)), device.index)
 
 
 def own_pages(nbytes: int) -> Tensor:

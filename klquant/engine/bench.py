@@ -17,6 +17,7 @@ from klquant.engine.reply import Reply
 from klquant.engine.request import SamplingParams
 from klquant.engine.runner import Runner
 from klquant.engine.usage import Traffic, step_traffic
+from klquant.errors import UserError
 from klquant.kernels.mla.pages import PAGE_SIZE
 from klquant.recipe.memory import PREFILL_CHUNK, WeightSizes
 
@@ -82,7 +83,9 @@ def measure_prefill(runner: Runner, tokens: int, chunk: int = PREFILL_CHUNK) -> 
         started = time.perf_counter()
         for start in range(0, tokens, chunk):
             h_BSC = runner.prefill(ids[start : start + chunk], 0, start)
-        Reply.begin(runner.first_token(h_BSC, 0, tokens, "greedy"), 1).tokens()
+        (token,) = Reply.begin(runner.first_token(h_BSC, 0, tokens, "greedy"), 1).tokens()
+        if token < 0:
+            raise UserError(f"a prompt of {tokens} tokens: the logits are not numbers")
         return time.perf_counter() - started
 
     if _on_gpu(runner):
@@ -106,8 +109,10 @@ def measure_decode(
         last, reply = reply, Reply.begin(runner.decode(slots, "greedy"), batch)
         if last:
             last.tokens()
-    reply.tokens()
+    chosen = reply.tokens()
     step_s = (time.perf_counter() - started) / steps
+    if min(chosen) < 0:
+        raise UserError(f"{batch} sequences of {context} tokens: the logits are not numbers")
     middle = context + WARM_STEPS + steps // 2
     traffic = step_traffic(runner.cfg, sizes, batch, middle, cache_bits, runner.weights.dtype.itemsize)
     return Decode(batch, context, steps, step_s, traffic)
@@ -171,9 +176,8 @@ class Cells:
         return max([self.longest, *(self.cached(b, c) for b in self.batch for c in self.context)])
 
     def within(self, config: KimiLinearConfig) -> "Cells":
-        """Those that the model's own context allows."""
+        """Those that the model's own context allows; one that fills it is cut by the steps to be timed."""
         most = config.max_context
-        return Cells(
-            tuple(n for n in self.prefill if n < most), self.batch,
-            tuple(c for c in self.context if c + WARM_STEPS + self.steps < most), self.steps,
-        )  # fmt: skip
+        room = most - WARM_STEPS - self.steps - 1
+        contexts = dict.fromkeys(min(c, room) for c in self.context if c <= most and room > 0)
+        return Cells(tuple(n for n in self.prefill if n < most), self.batch, tuple(contexts), self.steps)

@@ -1,9 +1,11 @@
 """One token for each of B sequences, through packed weights and state pools: what a CUDA graph captures.
 
 The same functions run on a CPU, through the references of their operations. Between two layers the stream is a pair
-(h, delta) whose sum is meant: the next norm adds them on the way. Shape suffixes as in `klquant.model.weights`.
+(h, delta) whose sum is meant, delta in parts perhaps: the next norm adds them on the way. Shape suffixes as in
+`klquant.model.weights`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,13 +14,15 @@ from klquant.engine.state import DeviceState, StepRows
 from klquant.engine.weights import EngineLayer, FusedKDA
 from klquant.kernels.kda.dispatch import kda_decode
 from klquant.kernels.kda.weights import KDADecode
+from klquant.kernels.linear.dispatch import QuantLinear
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
-from klquant.kernels.moe.dispatch import route_tokens
-from klquant.kernels.norm.dispatch import add_rms_norm, add_rms_norm_linear
+from klquant.kernels.moe.dispatch import add_rms_norm_route, route_tokens
+from klquant.kernels.norm.dispatch import FEW_TOKENS, add_rms_norm, add_rms_norm_linear
+from klquant.kernels.norm.parts import Parts
 from klquant.model.moe import mlp, moe
-from klquant.model.weights import MoEWeights, PackedMoE, linear
+from klquant.model.weights import Linear, MoEWeights, PackedMoE, linear
 
-Stream = tuple[Tensor, Tensor | None]
+Stream = tuple[Tensor, Tensor | Parts | None]
 
 
 def decode_layer(
@@ -26,33 +30,59 @@ def decode_layer(
 ) -> Stream:
     """Layer `layer` for one token a row: (h, delta) [B, C] → (h, delta). State is updated in place."""
     mix = kda_mix if isinstance(w.fused, FusedKDA) else mla_mix
-    h_BC, mixed_BF = mix(cfg, layer, w, stream, state, rows)
-    mixed = linear(mixed_BF, w.fused.o_proj)
-    h_BC, x_BC = add_rms_norm(h_BC, mixed, w.model.post_norm, cfg.rms_eps)
+    # The layer's first launch clears what programs of its router count in.
+    turn_B = torch.empty(len(stream[0]), dtype=torch.int32, device=stream[0].device)
+    h_BC, mixed_BF = mix(cfg, layer, w, stream, state, rows, turn_B)
+    delta_BC = linear(mixed_BF, w.fused.o_proj)
+    if isinstance(w.model.mlp, PackedMoE) and cfg.num_groups == 1:
+        h_BC, x_BC, *routes = add_rms_norm_route(
+            h_BC, delta_BC, w.model.post_norm, cfg.rms_eps, *choice(cfg, w.model.mlp), turn_B
+        )
+        return h_BC, w.model.mlp.experts.parts(x_BC, *routes)
+    h_BC, x_BC = add_rms_norm(h_BC, delta_BC, w.model.post_norm, cfg.rms_eps)
     return h_BC, feed(cfg, w.model.mlp, x_BC)
 
 
 def kda_mix(
-    cfg: KimiLinearConfig, layer: int, w: EngineLayer, stream: Stream, state: DeviceState, rows: StepRows
-) -> tuple[Tensor, Tensor]:
+    cfg: KimiLinearConfig,
+    layer: int,
+    w: EngineLayer,
+    stream: Stream,
+    state: DeviceState,
+    rows: StepRows,
+    turn_B: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h, delta) → their sum [B, C] and what the output projection reads [B, F], 0 in rows of padding."""
     pool, fused = state.kda[layer], w.fused
-    if isinstance(fused.low, Tensor):
-        h_BC, x_BC, low_BL = add_rms_norm_linear(*stream, w.model.input_norm, cfg.rms_eps, fused.low)
+    if isinstance(fused.low, Tensor) and len(stream[0]) <= FEW_TOKENS:
+        h_BC, x_BC, low_BL = add_rms_norm_linear(*stream, w.model.input_norm, cfg.rms_eps, fused.low, turn_B)
+        qkv = linear(x_BC, fused.qkv)
     else:
-        h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps)
-        low_BL = linear(x_BC, fused.low)
+        h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps, turn_B)
+        qkv, low_BL = both(x_BC, fused.qkv, fused.low)
     between = KDADecode(fused.taps_FW, fused.A_log, fused.dt_bias, fused.f_b, fused.g_b, fused.o_norm)
-    qkv = linear(x_BC, fused.qkv)
     return h_BC, kda_decode(qkv, low_BL, between, pool.conv, pool.s, rows.slot_B, cfg.rms_eps)
 
 
+def both(x_BC: Tensor, large: Linear, small: Linear) -> tuple[Tensor, Tensor]:
+    """x through two maps: in one launch if a packed one can take a plain one along."""
+    if isinstance(large, QuantLinear) and isinstance(small, Tensor):
+        return large.beside(x_BC, small)
+    return linear(x_BC, large), linear(x_BC, small)
+
+
 def mla_mix(
-    cfg: KimiLinearConfig, layer: int, w: EngineLayer, stream: Stream, state: DeviceState, rows: StepRows
-) -> tuple[Tensor, Tensor]:
+    cfg: KimiLinearConfig,
+    layer: int,
+    w: EngineLayer,
+    stream: Stream,
+    state: DeviceState,
+    rows: StepRows,
+    turn_B: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h, delta) → their sum [B, C] and what the output projection reads [B, H·v], 0 in rows of padding."""
     pages, fused = state.latent[layer], w.fused
-    h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps)
+    h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps, turn_B)
     q, kv_a = linear(x_BC, fused.q_kv_a).split([cfg.num_heads * cfg.qk_dim, cfg.latent_dim], -1)
     write_latent(kv_a, fused.kv_a_norm, pages, rows.position_B)
     q_BHK = q.unflatten(-1, (cfg.num_heads, cfg.qk_dim))
@@ -62,9 +92,13 @@ def mla_mix(
 def feed(cfg: KimiLinearConfig, w: object, x_BC: Tensor) -> Tensor:
     """MLP or experts, [B, C] → [B, C]."""
     if isinstance(w, PackedMoE) and cfg.num_groups == 1:
-        routes = route_tokens(x_BC, w.router, w.router_bias, cfg.top_k, cfg.routed_scaling, cfg.renormalize)
-        return w.experts(x_BC, *routes)
+        return w.experts(x_BC, *route_tokens(x_BC, *choice(cfg, w)))
     return moe(cfg, w, x_BC) if isinstance(w, MoEWeights | PackedMoE) else mlp(w, x_BC)
+
+
+def choice(cfg: KimiLinearConfig, w: PackedMoE) -> tuple[Tensor, Tensor, int, float, bool]:
+    """What `route_tokens` asks for behind the tokens."""
+    return w.router, w.router_bias, cfg.top_k, cfg.routed_scaling, cfg.renormalize
 
 
 def embed(ids_B: Tensor, embedding_VC: Tensor) -> Tensor:

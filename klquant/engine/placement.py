@@ -14,7 +14,7 @@ import torch
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.names import expected_tensors
 from klquant.core.device import pick_device
-from klquant.core.memory import free_memory
+from klquant.core.memory import CUDA_CONTEXT, free_memory, limit_memory
 from klquant.errors import UserError
 from klquant.recipe.memory import GIB, Memory, Split, WeightSizes, best_split, predict_memory
 from klquant.recipe.plan import make_plan
@@ -73,6 +73,7 @@ class Placement:
 def find_devices(names: str, max_memory: Mapping[str, int] | None = None) -> dict[torch.device, int]:
     """ "cuda:0,cuda:1", "cuda" or "cpu" → bytes that each may use: what is free, at most what `max_memory` says.
 
+    Torch is held to what `max_memory` says of a CUDA device.
     Raises UserError for a device that is not there, is named twice, or is too old.
     """
     limits = {_numbered(pick_device(name)): limit for name, limit in (max_memory or {}).items()}
@@ -87,6 +88,8 @@ def find_devices(names: str, max_memory: Mapping[str, int] | None = None) -> dic
                 f"{'.'.join(map(str, capability))}; klquant's kernels need 8.0 (RTX 30 series, A100) or later"
             )
         found[device] = min(free_memory(device), limits.get(device, 1 << 62))
+        if device.type == "cuda" and device in limits:
+            limit_memory(device, max(0, limits[device] - CUDA_CONTEXT))
     if CPU in found and len(found) > 1:
         raise UserError(f"devices {names!r}: layers run on CUDA devices or on the CPU, not on both")
     if idle := limits.keys() - found.keys():

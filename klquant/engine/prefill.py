@@ -68,9 +68,9 @@ def kda_mix(
     heads, rank = (cfg.kda_heads, cfg.kda_dim), w.f_b.shape[1]
     pool, slot = state.kda[layer], slice(chunk.slot, chunk.slot + 1)
     f_a, g_a, b_SH = linear(x_SC, w.low).split([rank, rank, cfg.kda_heads], -1)
-    q, k, v, beta_SH = prefill_inputs(linear(x_SC, w.qkv), b_SH, w.taps_FW, pool.conv[chunk.slot])
+    q, k, v, beta = prefill_inputs(linear(x_SC, w.qkv)[None], b_SH[None], w.taps_FW, pool.conv[slot])
     raw = F.linear(f_a, w.f_b).unflatten(-1, heads)
-    o, s = gated_delta_rule(*(x[None] for x in (q, k, v, raw)), w.A_log, w.dt_bias, beta_SH[None], pool.s[slot])
+    o, s = gated_delta_rule(q, k, v, raw[None], w.A_log, w.dt_bias, beta, pool.s[slot])
     pool.s[slot] = s
     gate = F.linear(g_a, w.g_b).unflatten(-1, heads)
     return gated_rms_norm(o[0], gate, w.o_norm, cfg.rms_eps).flatten(-2)

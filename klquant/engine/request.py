@@ -1,11 +1,11 @@
 """What a user asks for and what comes back: plain data, and the checks of it."""
 
-import json
 import secrets
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from klquant.checkpoint.index import read_json
 from klquant.errors import UserError
 
 MAX_LOGPROBS = 20
@@ -112,33 +112,28 @@ def default_params(folder: Path) -> SamplingParams:
     file = folder / "generation_config.json"
     if not file.exists():
         return SamplingParams()
-    raw = read_generation_config(file)
-    sampled = raw.get("do_sample", "temperature" in raw)
-    keys = {f.name for f in fields(SamplingParams)} & {"top_k", "top_p", "min_p", "repetition_penalty"}
+    raw = read_json(file)
+    keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     found = {key: raw[key] for key in keys if raw.get(key) is not None}
-    temperature = raw.get("temperature", 1.0) if sampled else 0.0
+    for key, value in found.items():
+        if type(value) not in (int, float):
+            raise UserError(f"{file}: {key} is {value!r}, expected a number")
+    sampled = raw.get("do_sample", "temperature" in found)
+    found["temperature"] = found.get("temperature", 1.0) if sampled else 0.0
     try:
-        return SamplingParams(temperature=temperature, **found)
-    except (UserError, TypeError) as error:
+        return SamplingParams(**found)
+    except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
 
 def end_tokens(folder: Path, config_ids: tuple[int, ...]) -> frozenset[int]:
-    """The tokens that end an answer: those of config.json and of generation_config.json."""
+    """The tokens that end an answer: those of config.json and of generation_config.json.
+
+    Raises UserError naming the file when what it says cannot be used.
+    """
     file = folder / "generation_config.json"
-    ids = read_generation_config(file).get("eos_token_id") if file.exists() else None
+    ids = read_json(file).get("eos_token_id") if file.exists() else None
     more = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(i) is int and i >= 0 for i in more):
         raise UserError(f"{file}: eos_token_id is {ids!r}, expected a token id or a list of them")
     return frozenset(config_ids) | frozenset(more)
-
-
-def read_generation_config(file: Path) -> dict:
-    """Raises UserError unless the file is a JSON object."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raw = None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: not a JSON object")
-    return raw

@@ -21,6 +21,7 @@ from klquant.engine.request import SamplingParams
 from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
 from klquant.engine.state import DeviceState
 from klquant.engine.weights import EngineWeights
+from klquant.kernels.moe.dispatch import added_up
 from klquant.kernels.norm.dispatch import add_rms_norm
 from klquant.kernels.step.dispatch import embed_next
 from klquant.model.weights import linear
@@ -188,7 +189,7 @@ class Runner:
                 self.cfg, layer, self.weights.layers[layer], (h_BC, delta_BC), stage.state, rows
             )
         if number < len(self.stages) - 1:
-            return (h_BC + delta_BC,)
+            return (h_BC + added_up(delta_BC),)
         head = self.weights.head
         _, x_BC = add_rms_norm(h_BC, delta_BC, head.norm, self.cfg.rms_eps)
         chosen = sample(linear(x_BC, head.proj), self.sampling, rows.index_B, rows.length_B, mode)

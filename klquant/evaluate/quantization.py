@@ -1,5 +1,7 @@
 """What the model's own klquant.json says about its making: errors by class and layer, expert tokens, fallbacks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,12 +22,23 @@ def read_provenance(folder: Path) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
+@contextmanager
+def _as_written(folder: Path) -> Iterator[None]:
+    """What klquant.json says is read inside. Raises UserError naming it where it has another form."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(
+            f"{folder / PROVENANCE}: not as klquant quantize writes it; move it away if it is another tool's"
+        ) from None
+
+
 def quantization(folder: Path, config: KimiLinearConfig) -> Quantization | None:
     """Raises UserError naming the file when it is not as `klquant quantize` writes it."""
     raw = read_provenance(folder)
     if raw is None:
         return None
-    try:
+    with _as_written(folder):
         groups: dict[tuple, list[float]] = {}
         for module, record in raw["tensors"].items():
             key = parse_name(f"{module}.weight", config)
@@ -41,16 +54,13 @@ def quantization(folder: Path, config: KimiLinearConfig) -> Quantization | None:
             expert_tokens={int(layer): tokens for layer, tokens in raw["expert_tokens"].items()},
             fallbacks=raw["fallbacks"],
         )  # fmt: skip
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(
-            f"{folder / PROVENANCE}: not as klquant quantize writes it; what it holds is not in the result"
-        ) from None
 
 
 def calibrated_on(folder: Path) -> set[str]:
-    """Where the calibration text of a checkpoint came from (`Source.origin`)."""
-    text = (read_provenance(folder) or {}).get("calibration") or {}
-    return {source["origin"] for source in text.get("sources", [])}
+    """Where the calibration text of a checkpoint came from (`Source.origin`). Raises UserError as `quantization`."""
+    with _as_written(folder):
+        text = (read_provenance(folder) or {}).get("calibration") or {}
+        return {source["origin"] for source in text.get("sources", [])}
 
 
 def require_own_scales(reader: QuantizedReader, base: QuantizedReader) -> None:
@@ -59,8 +69,10 @@ def require_own_scales(reader: QuantizedReader, base: QuantizedReader) -> None:
     AWQ folds scales from one tensor into another: what it makes is equal only as a whole.
     """
     folder = reader.files.folder
-    records = (read_provenance(folder) or {}).get("tensors") or {}
-    if any(record.get("algorithm") == "awq" for record in records.values()):
+    with _as_written(folder):
+        records = (read_provenance(folder) or {}).get("tensors") or {}
+        folded = any(record.get("algorithm") == "awq" for record in records.values())
+    if folded:
         raise UserError(f"{folder}: made by AWQ, which folds scales into other tensors; no part of it can stand alone")
     if reader.config != base.config:
         raise UserError(f"{folder}: its config is not that of {base.files.folder}; it is of another model")

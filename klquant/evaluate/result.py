@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol, Self
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from klquant.errors import UserError
 from klquant.evaluate.options import BaselineMethod, DtypeName, StoreKind
@@ -24,6 +24,12 @@ class Interval(Part):
     mean: float
     low: float | None = None
     high: float | None = None
+
+    @model_validator(mode="after")
+    def _has_both_ends(self) -> Self:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("low and high come together")
+        return self
 
 
 class Kld(Interval):
@@ -49,6 +55,15 @@ class Quality(Part):
     top1: Interval | None = None
     reference_perplexity: float | None = None
     perplexity_ratio: Interval | None = None
+
+
+def _compared(q: Quality) -> Quality:
+    if None in (q.kld, q.top1, q.reference_perplexity, q.perplexity_ratio):
+        raise ValueError("kld, top1, reference_perplexity and perplexity_ratio belong to a comparison")
+    return q
+
+
+Compared = Annotated[Quality, AfterValidator(_compared)]
 
 
 class PositionBin(Part):
@@ -100,7 +115,7 @@ class MemoryAt(Part):
 class Size(Part):
     """`disk`: bytes of the safetensors files; `weights`: how many there are."""
 
-    disk: int
+    disk: int = Field(ge=1)
     weights: int
     bits: Bits
     memory: list[MemoryAt]
@@ -157,7 +172,7 @@ class Data(Part):
     spec: str
     window: int
     sha256: str
-    domains: list[DomainText]
+    domains: list[DomainText] = Field(min_length=1)
 
 
 class Floor(Part):
@@ -166,8 +181,8 @@ class Floor(Part):
 
     what: str
     arithmetic: Arithmetic
-    overall: Quality
-    domains: dict[str, Quality]
+    overall: Compared
+    domains: dict[str, Compared]
     positions: list[PositionBin]
     layers: list[LayerDrift]
 
@@ -179,7 +194,7 @@ class ErrorRow(Part):
     tensor_class: str
     layer: int | None
     measured: Literal["outputs", "weights"]
-    tensors: int
+    tensors: int = Field(ge=1)
     mean_error: float
     max_error: float
 
@@ -225,6 +240,12 @@ class Result(Part):
     notes: list[str]
     provenance: Provenance
 
+    @model_validator(mode="after")
+    def _is_compared(self) -> Self:
+        for quality in (self.overall, *self.domains.values()) if self.reference is not None else ():
+            _compared(quality)
+        return self
+
 
 class Comparable(Protocol):
     """What decides whether figures may stand beside others."""
@@ -261,8 +282,8 @@ def load(path: Path, *models: type[Part]) -> Part:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where}: {first['msg']}; {again}") from None
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}; {again}") from None
 
 
 def check_comparable(results: Sequence[tuple[str, Comparable]]) -> None:

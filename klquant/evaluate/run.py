@@ -180,7 +180,7 @@ def made_of(reader: QuantizedReader) -> tuple[Quantization | None, list[str]]:
     try:
         return quantization(reader.files.folder, reader.config), []
     except UserError as error:
-        return None, [str(error)]
+        return None, [f"{error}; what it holds is not in the result"]
 
 
 def _affordable(text: EvalText, reader: QuantizedReader) -> StoreKind:

@@ -61,7 +61,7 @@ def model_window(
         return record
     kld, bias, variance = torch.cat(found, 1)
     record |= {"kld": kld, "kld_bias": bias, "kld_variance": variance, "top1_same": torch.cat(same)}
-    return record | {"reference_nll": reference["nll"]} | _drift(traced, reference)
+    return record | {"reference_nll": reference["nll"]} | _drift(traced, reference, runner.device)
 
 
 def _log_probs(runner: Runner, trace: Trace, i: int) -> Iterator[tuple[int, Tensor]]:
@@ -69,7 +69,7 @@ def _log_probs(runner: Runner, trace: Trace, i: int) -> Iterator[tuple[int, Tens
     hidden_SC, head = trace.hidden[i], runner.head
     step = max(1, CHUNK_ELEMENTS[runner.device.type] // runner.config.vocab_size)
     for start in range(0, len(hidden_SC), step):
-        logits_NV = head(runner.config, hidden_SC[None, start : start + step].to(runner.device))[0].float()
+        logits_NV = head(runner.config, hidden_SC[None, start : start + step])[0].float()
         if not is_finite(logits_NV):
             raise UserError(
                 f"{runner.source.name}: NaN or infinite logits (window {trace.windows[i]}), though every "
@@ -93,12 +93,12 @@ def _counts(experts_MSR: Tensor, num_experts: int) -> Tensor:
     return torch.stack([torch.bincount(e.flatten().int(), minlength=num_experts) for e in experts_MSR]).int()
 
 
-def _drift(traced: Mapping[str, Tensor], reference: WindowFile) -> dict[str, Tensor]:
+def _drift(traced: Mapping[str, Tensor], reference: WindowFile, device: torch.device) -> dict[str, Tensor]:
     sums = {}
     for name, part in (("stream", "stream"), ("state", "states")):
-        ours, theirs = traced[part].flatten(1).double(), reference[part].flatten(1).double()
-        sums[f"{name}_error"] = (ours - theirs).square().sum(-1)
-        sums[f"{name}_norm"] = theirs.square().sum(-1)
+        ours, theirs = (x[part].to(device).flatten(1).double() for x in (traced, reference))
+        sums[f"{name}_error"] = (ours - theirs).square().sum(-1).cpu()
+        sums[f"{name}_norm"] = theirs.square().sum(-1).cpu()
     ours_MSR, theirs_MSR = traced["experts"], reference["experts"]
     shared = (ours_MSR[..., :, None] == theirs_MSR[..., None, :]).any(-1)
     return sums | {"router_overlap": shared.flatten(1).double().mean(-1)}

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from klquant.evaluate.options import By
 from klquant.evaluate.part import Part
-from klquant.evaluate.result import Arithmetic, Data, Floor, Provenance, Quality, Reference, load
+from klquant.evaluate.result import Arithmetic, Compared, Data, Floor, Provenance, Reference, load
 
 SCHEMA = 1
 
@@ -18,7 +20,7 @@ class SensitivePart(Part):
     tensor_class: str | None
     roles: list[str]
     layer: int | None
-    scheme: dict[str, int]
+    scheme: dict[str, int] = Field(min_length=1)
     weights: int
     bytes_before: int
     bytes_after: int
@@ -41,8 +43,8 @@ class Entry(Part):
     """The reference with one part quantized. `seconds`: what its pass takes."""
 
     part: SensitivePart
-    overall: Quality
-    domains: dict[str, Quality]
+    overall: Compared
+    domains: dict[str, Compared]
     seconds: float
 
 

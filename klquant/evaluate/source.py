@@ -25,7 +25,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class DeviceSource:
-    """Weights of a checkpoint, dequantized on the device: on a GPU that takes no time beside reading them."""
+    """Weights of a checkpoint on the device, checked and dequantized there: a GPU does that beside reading them."""
 
     reader: QuantizedReader
     device: torch.device
@@ -41,8 +41,10 @@ class DeviceSource:
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
         module = name.removesuffix(".weight")
         if self.reader.spec(module) is None:
-            return self.reader.weight(name, dtype)
-        weight = self.reader.quantized(module).to(self.device)
+            stored = self.reader.files.read(name).to(self.device)
+            self.reader.files.require_finite(name, stored)
+            return stored.to(dtype)
+        weight = self.reader.quantized(module, self.device)
         return weight.decode(weight.scale.dtype).to(dtype)
 
 
@@ -64,9 +66,9 @@ class Rounded:
         return self.reader.config
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        stored = self.reader.files.read(name)
+        stored = self.reader.files.read(name).to(self.device)
         self.reader.files.require_finite(name, stored)
-        return self.rounding(name, stored.to(self.device)).to(dtype)
+        return self.rounding(name, stored).to(dtype)
 
 
 @dataclass(frozen=True)

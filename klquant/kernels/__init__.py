@@ -25,9 +25,10 @@ shift, one `lop3`, one `fma` for two codes, no shuffles and no transposes, the s
 closer to FP64 than the product with dequantized BF16 weights. No float atomics: a result has the same bits every time.
 
 **Launches.** A linear map is one, an MLP two (gate, up and SiLU in the first), a layer of experts for few tokens two,
-shared expert included, and for many tokens four (group, gate·up, down, combine) plus two for the shared expert. Between
-its projections a KDA layer is two launches (what the states meet, the states), an MLA layer four (write the latent;
-absorb, attend, finish), the router two, a norm with the sum before it one; a step begins with two and ends with three.
+shared expert included, and for many tokens four (group, gate·up, down, combine) plus two for the shared expert; in a
+step of many sequences the next norm combines. Between its projections a KDA layer is two launches (what the states
+meet, the states), an MLA layer four (write the latent; absorb, attend, finish), a norm with the sum before it and the
+router behind it one or two; a step begins with two and ends with three.
 Nothing asks the host, nothing is tuned at first use: all of it can be captured in a CUDA graph, with grids that depend
 on the number of tokens only; a step's lengths and slots are read by the kernels. Tiles come from a table and fit the 99
 KiB of shared memory of sm86 and sm89; attention alone takes a larger one, and as many parts as there are
@@ -35,7 +36,8 @@ multiprocessors, where the card has them.
 
 In a chunk of a prompt the delta rule is flash-linear-attention's, with one launch before it (convolutions, norms, β)
 and one behind it (the gated norm); attention is torch's, with two before it (latents out of their pages, keys and
-values) and one behind each block of past latents.
+values) and one behind each block of past latents. `klquant.model` takes the same kernels for whole windows, several at
+once, where it calibrates or evaluates on a card in 16 bits.
 
 16-bit weights go through the same kernels (a word is a BF16 value), for checkpoints that keep some matrices or all.
 Importing this package imports neither Triton nor a kernel.

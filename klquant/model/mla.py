@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
+from klquant.kernels.mla.dispatch import keys_values
+from klquant.model import fused
 from klquant.model.norm import LATENT_EPS, rms_norm, widen
 from klquant.model.weights import MLAWeights, linear
 
@@ -105,9 +107,13 @@ def _continued(cfg: KimiLinearConfig, w: MLAWeights, q_BSHK: Tensor, cache: Late
 
 def _expand(cfg: KimiLinearConfig, w: MLAWeights, latent_BSL: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [B, H, S, qk]. Kernels that never hold all scores want one size for both; v is padded to it."""
-    kv = linear(latent_BSL[..., : cfg.kv_rank], w.kv_b_proj).unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2)
-    k_nope, v = kv.split([cfg.qk_nope_dim, cfg.v_dim], -1)
-    shared = latent_BSL[:, None, :, cfg.kv_rank :].expand(-1, cfg.num_heads, -1, -1)
+    latent_BSK, shared_BSR = latent_BSL.split([cfg.kv_rank, cfg.qk_rope_dim], -1)
+    kv_BSN = linear(latent_BSK, w.kv_b_proj)
+    if fused.serves(kv_BSN):
+        both = keys_values(kv_BSN.flatten(0, 1), shared_BSR.flatten(0, 1), cfg.num_heads, cfg.qk_nope_dim)
+        return tuple(x_HTD.unflatten(1, kv_BSN.shape[:2]).transpose(0, 1) for x_HTD in both)
+    k_nope, v = kv_BSN.unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2).split([cfg.qk_nope_dim, cfg.v_dim], -1)
+    shared = shared_BSR[:, None].expand(-1, cfg.num_heads, -1, -1)
     v = F.pad(v, (0, cfg.qk_dim - cfg.v_dim)) if cfg.v_dim < cfg.qk_dim else v
     return torch.cat([k_nope, shared], -1), v
 

@@ -57,6 +57,8 @@ class Journal:
     """The unfinished folder of one run. Hold it open (`with`) while working: no second run may work there."""
 
     def __init__(self, out: Path) -> None:
+        if out.name in ("", ".."):
+            raise UserError(f"{out}: is no name for a new folder; choose another output")
         self.out = out
         self.folder = out.with_name(out.name + SUFFIX)
         self.state = self.folder / STATE

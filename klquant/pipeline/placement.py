@@ -5,21 +5,17 @@ Nothing here changes a result. Sizes in bytes; those of working memory are estim
 
 from dataclasses import dataclass
 
-import torch
-
 from klquant.calibrate.experts import BLOCK
 from klquant.calibrate.footprint import Footprint, widest_layer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.core.memory import free_memory, total_memory
+from klquant.core.memory import CUDA_CONTEXT, free_memory, limit_memory
 from klquant.errors import UserError
 
 # Share of the host memory left that the streams may take before they go to files. A CPU works in the rest.
 MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.9}
 # Host memory of this process beside weights and activations: Python, torch, CUDA's own.
 HOST_BASE = 3 << 30
-# Memory on a card that torch's allocator does not count: CUDA context and kernels.
-CONTEXT = 600 << 20
 # Share of a card's allowance that a run plans with. Torch keeps what it has freed, up to its limit; the rest is air.
 CARD_SHARE = 0.91
 STORED_ITEM = 2
@@ -59,10 +55,12 @@ def limit_devices(settings: WalkSettings, limits: Limits) -> None:
     if limits.gpu is None or settings.device.type != "cuda":
         return
     for device in settings.devices:
-        room = int(CARD_SHARE * limits.gpu) - CONTEXT
+        room = int(CARD_SHARE * limits.gpu) - CUDA_CONTEXT
         if room <= 0:
-            raise UserError(f"--max-gpu-memory {limits.gpu / 1e9:.1f} GB: CUDA itself takes {CONTEXT / 1e9:.1f} GB")
-        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total_memory(device)), device.index)
+            raise UserError(
+                f"--max-gpu-memory {limits.gpu / 1e9:.1f} GB: CUDA itself takes {CUDA_CONTEXT / 1e9:.1f} GB"
+            )
+        limit_memory(device, room)
 
 
 def place(

@@ -164,14 +164,13 @@ def _put_away(
     journal: Journal, number: int, name: str, shards: list[Shard], result: UnitResult, store: StreamStore | None,
     watcher: Watcher,
 ) -> None:  # fmt: skip
-    """Make a unit safe: its shards, then the streams that leave it, then the mark that it is done."""
-    try:
-        written = _write(journal.folder, shards, result)
-        if store is not None:
+    """Make a unit safe: the streams that leave it, which the next unit waits for, its shards, then the mark."""
+    if store is not None:
+        try:
             store.save(number + 1)
-    finally:
-        if store is not None:
+        finally:
             store.release()
+    written = _write(journal.folder, shards, result)
     journal.commit(number, _record(name, result, written))
     journal.drop_streams(number + 1)
     watcher.done(_summary(name, result, written))

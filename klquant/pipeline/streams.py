@@ -1,6 +1,7 @@
 """The residual streams of a run: where they live while a layer works on them, and their copies between units."""
 
 import os
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,23 +74,28 @@ class StreamStore:
         """Put a copy of what enters `unit` on the disk, whole or not at all.
 
         May run beside a layer: what it has copied can be changed. The reference stream, which a layer changes first, is
-        copied first.
+        copied first, and nobody waits for the disk before both are.
         """
-        for name, part in reversed(self.parts.items()):
-            file = self.journal.stream(name, unit)
-            half = file.with_name(f"{file.name}.half")
-            half.unlink(missing_ok=True)
-            try:
-                copy = Activations(*part.shape, part.dtype, half)
-                _copy(part, copy)
-                copy.sync()
+        files = {name: self.journal.stream(name, unit) for name in reversed(self.parts)}
+        halves = {name: file.with_name(f"{file.name}.half") for name, file in files.items()}
+        copies = {}
+        try:
+            for name in files:
+                halves[name].unlink(missing_ok=True)
+                copies[name] = Activations(*self.parts[name].shape, self.parts[name].dtype, halves[name])
+                _copy(self.parts[name], copies[name])
+            for name in files:
+                copies[name].sync()
+                os.replace(halves[name], files[name])
+        except OSError as error:
+            raise UserError(
+                f"{files[name]}: cannot be written: {error.strerror}; free disk space, then --resume"
+            ) from None
+        finally:
+            for copy in copies.values():
                 copy.close()
-                os.replace(half, file)
-            except OSError as error:
-                half.unlink(missing_ok=True)
-                raise UserError(
-                    f"{file}: cannot be written: {error.strerror}; free disk space, then --resume"
-                ) from None
+            for half in filter(Path.exists, halves.values()):
+                half.unlink()
 
     def close(self) -> None:
         for part in self.parts.values():

@@ -13,6 +13,7 @@ from klquant.checkpoint.config import KimiLinearConfig
 GIB = 1 << 30
 CONTEXTS = (8_192, 131_072, 1_048_576)
 PREFILL_CHUNK = 4_096  # tokens prefilled at a time; longer chunks need more workspace and gain little speed
+PAST_BLOCK = 8_192  # tokens before a chunk whose latents are expanded at a time: klquant.model.mla.LATENT_BLOCK
 RUNTIME_ESTIMATE = 3 * GIB // 4  # a device: CUDA context, kernels, captured graphs, allocator slack
 
 # Cards by what they are sold as → (how many, GiB each). GiB is about what PyTorch reports as a card's total capacity,
@@ -134,7 +135,7 @@ def predict_memory(
         weights=weights.total - weights.embedding + embedding,
         latent_cache=latent * len(config.mla_layers),
         kda_state=state * kda_layers,
-        workspace=workspace_estimate(config, min(context, PREFILL_CHUNK), sequences, activation_bytes),
+        workspace=workspace_estimate(config, context, sequences, activation_bytes),
         runtime=RUNTIME_ESTIMATE,
         stages=tuple(stages),
         reads=tuple(reads),
@@ -152,22 +153,27 @@ def kda_state_bytes(config: KimiLinearConfig, activation_bytes: int = 2) -> int:
     return recurrent + 3 * config.kda_width * (config.conv_width - 1) * activation_bytes
 
 
-def workspace_estimate(config: KimiLinearConfig, tokens: int, sequences: int, activation_bytes: int = 2) -> int:
-    """Activations of a prefill chunk of `tokens`, at their largest: an estimate, to be corrected by measurement.
+def workspace_estimate(config: KimiLinearConfig, context: int, sequences: int, activation_bytes: int = 2) -> int:
+    """Activations of a prefill chunk, the last one of `context` tokens, at their largest: an estimate.
 
-    The residual stream stays; KDA, MLA and MoE follow one another, so the largest of the three counts.
+    The residual stream stays; KDA, MLA and MLP follow one another, so the largest of the three counts.
     """
-    c = config
-    value = activation_bytes
+    c, value = config, activation_bytes
+    tokens = min(context, PREFILL_CHUNK)
+    past = min(context - tokens, PAST_BLOCK)
     residual = 3 * c.hidden_size * value
-    # q, k, v, gate, output and the chunk kernel's five intermediates, g in FP32; a state every 64 tokens
-    kda = c.kda_width * (10 * value + 4) + c.kda_width * c.kda_dim * value // 64
-    mla = c.num_heads * 2 * (c.qk_dim + c.v_dim) * value
-    # gathered input, gate, up, product and output of each of the token's experts
-    moe = c.top_k * (2 * c.hidden_size + 3 * c.moe_intermediate_size) * value
-    dense = 3 * c.intermediate_size * value
+    # q, k, v twice, both gates, output and the chunk kernel's intermediates, g in FP32; a state every 64 tokens
+    kda = tokens * (c.kda_width * (14 * value + 4) + c.kda_width * c.kda_dim * value // 64)
+    # kv_b's output, keys, values as wide as keys, of the chunk and of a block before it; queries, outputs, their sum
+    expanded = c.num_heads * (c.qk_nope_dim + c.v_dim + 2 * c.qk_dim) * value
+    mla = (tokens + past) * expanded + tokens * c.num_heads * (3 * c.qk_dim * value + 2 * c.v_dim * 4)
+    # hidden units and output of each of a token's experts; gate, up and hidden units of the dense MLP
+    moe = tokens * c.top_k * (c.hidden_size + c.moe_intermediate_size) * value
+    dense = tokens * 3 * c.intermediate_size * value
+    # a weight unpacked for torch's product
+    unpacked = max(3 * c.kda_width, 2 * c.intermediate_size) * c.hidden_size * value
     logits = sequences * c.vocab_size * 4 * 2
-    return tokens * (residual + max(kda, mla, moe, dense)) + logits
+    return tokens * residual + max(kda, mla, moe, dense) + unpacked + logits
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ class Variant:
     def disk(self) -> int:
         return self.result.model.size.disk
 
+    @property
+    def contexts(self) -> set[int]:
+        """Those for which memory was predicted."""
+        return {m.context for m in self.result.model.size.memory if m.cache_bits == 16}
+
     def memory(self, context: int, cache_bits: int = 16) -> MemoryAt | None:
         rows = self.result.model.size.memory
         return next((m for m in rows if (m.context, m.cache_bits) == (context, cache_bits)), None)
@@ -78,7 +83,11 @@ class Comparison:
         check_comparable([*results, *sensitivities])
         named = zip(_names(results), (result for _, result in results), strict=True)
         variants = sorted((Variant(name, result) for name, result in named), key=lambda v: (-v.disk, v.name))
-        return cls(tuple(variants), tuple(sensitivity for _, sensitivity in sensitivities))
+        comparison = cls(tuple(variants), tuple(sensitivity for _, sensitivity in sensitivities))
+        if not comparison.contexts:
+            files = ", ".join(file for file, _ in results)
+            raise UserError(f"{files}: memory is predicted for no context that all have; run klquant eval again")
+        return comparison
 
     @property
     def first(self) -> Result:
@@ -101,7 +110,8 @@ class Comparison:
 
     @property
     def contexts(self) -> list[int]:
-        return sorted({m.context for m in self.first.model.size.memory})
+        """Those that every variant has."""
+        return sorted(set.intersection(*(v.contexts for v in self.variants)))
 
     @property
     def plot_context(self) -> int:
@@ -151,7 +161,7 @@ class Comparison:
     @property
     def noise(self) -> float:
         """The floor's mean KLD: a difference of two means within it is one that arithmetic alone makes."""
-        return 0.0 if self.floor is None else self.floor.overall.kld.mean
+        return 0.0 if self.floor is None else max(0.0, self.floor.overall.kld.mean)  # an estimate may be below 0
 
     def times_floor(self, quality: Quality, domain: str | None = None) -> float | None:
         floor = self.floor_quality(domain)

@@ -56,6 +56,12 @@ def test_bad_mix_files(tmp_path):
     with pytest.raises(UserError, match="same name"):
         load_mix(write(tmp_path, SOURCE, SOURCE))
     (tmp_path / "bad.yaml").write_text("a: [")
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 20_000)
+    with pytest.raises(UserError, match=r"deep.yaml: nested too deeply"):
+        load_mix(str(tmp_path / "deep.yaml"))
+    (tmp_path / "dir.yaml").mkdir()
+    with pytest.raises(UserError, match=r"dir.yaml: cannot be read: Is a directory"):
+        load_mix(str(tmp_path / "dir.yaml"))
     with pytest.raises(UserError, match=r"bad.yaml: not YAML"):
         load_mix(str(tmp_path / "bad.yaml"))
     (tmp_path / "bad.yaml").write_text("- 1")

@@ -167,6 +167,7 @@ def test_corrupt_tiktoken_file_names_the_line(tmp_path, damage, message):
         ({"added_tokens_decoder": {"400": "a"}}, "added_tokens_decoder entry '400'"),
         ({"added_tokens_decoder": [1]}, "added_tokens_decoder entry ''"),
         ({"bos_token": "<s>"}, "bos_token '<s>' is not a token"),
+        ({"bos_token": ["<s>"]}, "bos_token ['<s>'] is not a token"),
         ({"eos_token": None}, "what eos_token is"),
     ],
 )

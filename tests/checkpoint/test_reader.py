@@ -122,6 +122,9 @@ def test_a_shard_that_shrinks_after_opening(folder):
         reader.read(last.name)
     with pytest.raises(UserError, match=rf"{SECOND}: cannot be read"):
         reader.fingerprint()
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+        reader.fingerprint()
 
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "a\\x.safetensors"])

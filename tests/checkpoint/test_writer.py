@@ -194,3 +194,16 @@ def test_side_files_do_not_follow_links_out_of_the_folder(tmp_path):
     with pytest.raises(UserError, match="LICENSE links to a file outside"):
         copy_side_files(source, target)
     assert not list(target.iterdir())
+
+
+def test_a_side_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Said by the file system here, for whoever runs tests may be allowed to read everything."""
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "LICENSE").touch()
+    monkeypatch.setattr(type(tmp_path), "open", refuse)
+    with pytest.raises(UserError, match="a/LICENSE: cannot be read: Permission denied"):
+        copy_side_files(tmp_path / "a", tmp_path)

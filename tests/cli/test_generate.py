@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from klquant.cli.main import main
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 DEMO = str(Path(__file__).parents[2] / "demo" / "model")
 PROMPT = "def test_open("
@@ -82,16 +82,23 @@ def test_a_prompt_longer_than_the_context_is_refused_before_weights_are_read(mon
     assert "or raise max_context (the model's limit is 4,096)" in shorter.stderr
 
 
-def test_logits_that_are_no_numbers_are_an_error(tmp_path):
-    """A scale of the norm that no check at load can call wrong, and that overflows."""
-    from tests.tiny import tiny_config, tiny_tensors, write_checkpoint
-
+@pytest.fixture
+def overflowing(tmp_path):
+    """A model with a scale of the norm that no check at load can call wrong, and that overflows."""
     raw = tiny_config()
     tensors = tiny_tensors(raw)
     tensors["model.layers.1.self_attn.o_proj.weight"][:] = 3e38
-    model = write_checkpoint(tmp_path / "model", raw, tensors)
-    done = run("generate", model, "hello", "--devices", "cpu")
+    return write_checkpoint(tmp_path / "model", raw, tensors)
+
+
+def test_logits_that_are_no_numbers_are_an_error(overflowing):
+    done = run("generate", overflowing, "hello", "--devices", "cpu")
     assert done.exit_code == 2 and "model.layers.1 is the first" in done.stderr and not done.stdout.strip()
+
+
+def test_chat_says_that_logits_are_no_numbers(overflowing):
+    done = run("chat", overflowing, "--devices", "cpu", stdin="hello\n")
+    assert "model.layers.1 is the first" in done.stderr and not done.stdout.strip()
 
 
 def test_chat_goes_on_and_forgets():

@@ -173,6 +173,21 @@ def test_a_broken_record_is_one_line(copy, text):
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and f"{PROVENANCE}: " in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("calibration", {"sources": [{}], "windows": 1, "window": 2}, "calibration.sources.0.name"),
+        ("calibration", {"sources": [], "windows": {}, "window": 2}, "calibration.windows"),
+        ("changes", [{"class": "head", "roles": [], "count": 1}], "changes.0.why"),
+        ("expert_tokens", {"x": []}, "expert_tokens.x"),
+    ],
+)
+def test_a_record_of_another_form_is_named_by_its_place(copy, key, value, place):
+    edit_json(copy / PROVENANCE, lambda record: record.update({key: value}))
+    result = inspect(copy)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and f"{PROVENANCE}: {place}" in result.stderr
+
+
 def test_quantiles_are_counts_that_occurred():
     assert quantiles([0, 5, 1, 9]) == {"none": 1, "least": 0, "p1": 0, "p10": 0, "median": 1, "p90": 5, "most": 9}
     assert quantiles(list(range(101)))["p90"] == 90

@@ -1,7 +1,9 @@
 import errno
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import click
 import pytest
@@ -9,7 +11,10 @@ from click.testing import CliRunner
 
 import klquant
 from klquant.cli import main as cli
+from klquant.core.allocator import VARIABLES
 from klquant.errors import UserError
+
+DEMO = Path(__file__).parents[2] / "demo" / "model"
 
 
 def run(*args: str):
@@ -63,6 +68,25 @@ def test_a_full_disk_is_one_line_and_exit_2(fail):
     assert isinstance(run("fail").exception, OSError)
 
 
+@pytest.mark.parametrize(
+    "args", [("inspect",), ("verify",), ("generate", "--raw", "hello"), ("eval", "-o", "r.json")], ids=" ".join
+)
+def test_a_name_that_no_file_can_have_is_one_line_and_exit_2(args):
+    command, *others = args
+    result = run(command, "x" * 5000, *others)
+    assert result.exit_code == 2 and result.stderr.endswith("x…: longer than a file's name may be\n")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_terminal_that_knows_few_characters_gets_others():
+    """Not a traceback: many symbols that tables use are in no 8-bit encoding."""
+    done = subprocess.run(
+        [sys.executable, "-m", "klquant.cli.main", "plan", str(DEMO), "--recipe", "int4"],
+        capture_output=True, text=True, encoding="ascii", env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and " ? " in done.stdout
+
+
 def test_a_wrong_command_line_is_one_line_that_names_the_help(fail):
     unknown = run("plam")
     assert unknown.exit_code == 2
@@ -90,3 +114,22 @@ def test_start_up_imports_no_command_and_nothing_heavy(arg):
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("command", "own", "want"), [
+    *((name, {}, "expandable_segments:True") for name in ("quantize", "eval", "sensitivity", "sweep")),
+    ("inspect", {}, ""),
+    ("eval", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:200"}, "max_split_size_mb:200"),
+    ("eval", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:300"}, "max_split_size_mb:300"),
+])  # fmt: skip
+def test_what_works_layer_by_layer_lets_segments_grow(command, own, want):
+    """As torch's allocator sees it when the command has begun; what the user has set is left alone."""
+    code = (
+        "from klquant.cli.main import main\n"
+        f"try: main(['{command}', '--help'])\n"
+        "except SystemExit: pass\n"
+        "import torch; print('\\n' + torch._C._accelerator_getAllocatorSettings())"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run([sys.executable, "-c", code], env=clean | own, check=True, capture_output=True, text=True)
+    assert done.stdout.rpartition("\n\n")[2].strip() == want

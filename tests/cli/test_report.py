@@ -49,7 +49,10 @@ def test_markdown_json_and_the_plot_are_printed_or_written(files, tmp_path):
         (("{alone}", "--md"), "alone.json: evaluated without a reference"),
         (("{int4}", "{windows}", "--md"), "cannot be compared: other windows"),
         (("{int4}",), "-o report.html"),
-        (("{int4}", "-o", "{folder}/none/report.html"), "cannot be written"),
+        (("{int4}", "-o", "{folder}/none/report.html"), "none/report.html: cannot be written: No such file"),
+        (("{int4}", "--md", "-o", "{cut}/report.md"), "cut.json/report.md: cannot be written: Not a directory"),
+        (("{int4}", "--md", "-o", "{folder}/.."), "cannot be written: "),
+        (("{int4}", "--md", "-o", "/"), "/: cannot be written: "),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_2(files, tmp_path, args, message):

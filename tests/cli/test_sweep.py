@@ -170,6 +170,19 @@ def test_a_checkpoint_is_no_folder_for_a_sweep(sweep, recipes, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_damaged_settings_are_named(sweep, recipes, text, tmp_path):
+    (tmp_path / "sweep.json").write_text(text)
+    done = sweep(tmp_path, recipes[:1])
+    assert done.exit_code == 2 and "sweep.json: not " in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_named(sweep, recipes, tmp_path):
+    (tmp_path / "file").touch()
+    done = sweep(tmp_path / "file" / "out", recipes[:1])
+    assert done.exit_code == 2 and "file/out: cannot be created: Not a directory; choose another" in done.stderr
+
+
 def test_a_baseline_that_a_recipe_is_already_is_said(sweep, undrawn, recipes, tmp_path):
     done = sweep(tmp_path, recipes[:1], "--baselines", "rtn")
     assert done.exit_code == 0 and "no baseline rtn" in done.stdout

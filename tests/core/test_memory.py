@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from klquant.calibrate.walk import WalkSettings
-from klquant.core.memory import free_memory, own_pages, pin
-from klquant.pipeline.placement import CARD_SHARE, CONTEXT, Limits, limit_devices
+from klquant.core.memory import CUDA_CONTEXT, free_memory, own_pages, pin
+from klquant.pipeline.placement import CARD_SHARE, Limits, limit_devices
 
 GB = 10**9
 
@@ -32,7 +32,7 @@ def test_a_card_has_what_is_free_and_allowed(card, name):
     device = torch.device(name)
     assert free_memory(device) == 61 * GB
     limit_devices(WalkSettings(device, torch.bfloat16, 32), Limits(gpu=24 * GB))
-    assert free_memory(device) == pytest.approx(CARD_SHARE * 24 * GB - CONTEXT - 2 * GB, abs=2)
+    assert free_memory(device) == pytest.approx(CARD_SHARE * 24 * GB - CUDA_CONTEXT - 2 * GB, abs=2)
 
 
 def test_locked_memory_shares_no_page():

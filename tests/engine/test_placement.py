@@ -12,7 +12,8 @@ from klquant.engine.placement import CPU, PARTS, find_devices, plan_placement
 from klquant.engine.sizes import held_sizes
 from klquant.engine.synthetic import parse_synthetic, synthetic_outline, synthetic_plan
 from klquant.errors import UserError
-from klquant.recipe.memory import GIB, WeightSizes, best_split, predict_memory
+from klquant.model.mla import LATENT_BLOCK
+from klquant.recipe.memory import GIB, PAST_BLOCK, WeightSizes, best_split, predict_memory
 from tests.recipe.build import index
 
 CONFIG = index()[0]
@@ -112,7 +113,7 @@ def test_what_would_fit_does(big):
         plan_placement(config, sizes, card, context=131_072)
     int3 = synthetic_plan(config, "int3").weight_sizes
     plan_placement(config, int3, card, context=131_072)
-    two = dict.fromkeys(CARDS[:2], 16 * GIB)
+    two = dict.fromkeys(CARDS[:2], 17 * GIB)
     with pytest.raises(UserError, match=r"an 8-bit latent cache; a context of ([\d,]+) tokens") as error:
         plan_placement(config, sizes, two, context=1 << 20)
     plan_placement(config, sizes, two, context=1 << 20, cache_bits=8)
@@ -146,10 +147,19 @@ def test_devices_by_name(monkeypatch):
     monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda device: (8 - device.index, 9))
     monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda device: "An Old Card")
     monkeypatch.setattr(module, "free_memory", lambda device: 100)
+    held = {}
+    monkeypatch.setattr(module, "limit_memory", held.__setitem__)
+    assert find_devices("cuda") == {CARDS[0]: 100} and not held
     assert find_devices("cuda", {"cuda:0": 70}) == {CARDS[0]: 70}
+    assert find_devices("cuda", {"cuda:0": 1 << 30}) == {CARDS[0]: 100}
+    assert held == {CARDS[0]: (1 << 30) - module.CUDA_CONTEXT}
     with pytest.raises(UserError, match=r"An Old Card has compute capability 7\.9"):
         find_devices("cuda:0,cuda:1")
     with pytest.raises(UserError, match="not on both"):
         find_devices("cuda:0,cpu")
     with pytest.raises(UserError, match="memory is limited on cuda:1"):
         find_devices("cuda:0", {"cuda:1": 1})
+
+
+def test_the_workspace_counts_a_block_of_the_size_that_attention_takes():
+    assert PAST_BLOCK == LATENT_BLOCK

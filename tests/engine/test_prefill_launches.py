@@ -50,7 +50,7 @@ def test_launches_of_a_layer(start, parts, card):
     """Beside products, whose kernels depend on their sizes, and the experts'."""
     found = [chunk(n, 2048, start, card) for n in (2, 3, 4)]
     (two, some), (three, more), (four, most) = ((without(k, PRODUCTS), without(o, {"mm"})) for k, o in found)
-    both = Counter(add_rms_norm_kernel=2, router_kernel=1)
+    both = Counter(add_rms_norm_kernel=2, choose_kernel=1)
     assert three - two == both + Counter(prefill_inputs_kernel=1, gated_rms_norm_kernel=1)
     # The router reads FP32; the delta rule leaves a state.
     assert more - some == Counter(_to_copy=1, copy_=1)

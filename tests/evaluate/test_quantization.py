@@ -48,3 +48,10 @@ def test_an_unknown_form_is_named(tmp_path, change):
     (tmp_path / "klquant.json").write_text(json.dumps(PROVENANCE | change))
     with pytest.raises(UserError, match=r"klquant\.json: not as klquant quantize writes it"):
         quantization(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("calibration", [1, {"sources": 1}, {"sources": [{}]}, {"sources": ["a.jsonl"]}])
+def test_calibration_text_of_an_unknown_form_is_named(tmp_path, calibration):
+    (tmp_path / "klquant.json").write_text(json.dumps(PROVENANCE | {"calibration": calibration}))
+    with pytest.raises(UserError, match=r"klquant\.json: not as klquant quantize writes it"):
+        calibrated_on(tmp_path)

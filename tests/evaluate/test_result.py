@@ -7,6 +7,7 @@ import pytest
 from klquant.checkpoint.writer import write_json
 from klquant.errors import UserError
 from klquant.evaluate.result import Quantization, Result, check_comparable, load_result
+from tests.report.build import tasks as invented_tasks
 
 
 @pytest.fixture
@@ -51,6 +52,20 @@ def test_provenance_tells_how_to_repeat_it(result):
     assert len(result.data.sha256) == len(result.model.fingerprint) == 64
 
 
+def put(raw: dict, value, *path: str) -> dict:
+    place = raw
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return raw
+
+
+def other_parts() -> dict:
+    score = invented_tasks(lost=1)[0].model_dump(mode="json")
+    score["reference"]["parts"].pop()
+    return score
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -61,6 +76,13 @@ def test_provenance_tells_how_to_repeat_it(result):
         (lambda raw: raw | {"more": 1}, "more: Extra inputs are not permitted"),
         (lambda raw: raw | {"overall": {}}, "overall.windows: Field required"),
         (lambda raw: raw | {"notes": [1]}, "notes.0: Input should be a valid string"),
+        (lambda raw: put(raw, None, "overall", "top1", "low"), "overall.top1: low and high come together"),
+        (lambda raw: put(raw, None, "overall", "kld"), "the file: kld, top1, .* belong to a comparison"),
+        (lambda raw: put(raw, None, "domains", "code", "top1"), "the file: kld, top1, .* belong to a comparison"),
+        (lambda raw: put(raw, None, "floor", "overall", "kld"), "floor.overall: kld, top1, .* belong to a comparison"),
+        (lambda raw: put(raw, [], "data", "domains"), "data.domains: List should have at least 1 item"),
+        (lambda raw: put(raw, 0, "model", "size", "disk"), "model.size.disk: Input should be greater"),
+        (lambda raw: raw | {"tasks": [other_parts()]}, "tasks.0: the reference has other parts"),
     ],
 )
 def test_another_schema_is_refused(file, edit, message):
@@ -85,7 +107,10 @@ def test_a_truncated_missing_or_binary_file_is_refused(file, tmp_path):
     [
         ({"data__window": 4096}, "windows of 80 and 4096 tokens"),
         ({"data__sha256": "0" * 64}, "other text or another tokenizer"),
-        ({"data__domains": []}, "other windows: code × 3, prose × 3 against "),
+        (
+            {"data__domains": [{"name": "code", "origin": "c", "documents": 1, "tokens": 240, "windows": 3}]},
+            "other windows: code × 3, prose × 3 against code × 3",
+        ),
         ({"reference": None}, "one has a reference, the other has none"),
         ({"reference__checkpoint__fingerprint": "0" * 64}, "other references"),
         ({"reference__arithmetic__dtype": "bfloat16"}, "references computed in float32 on cpu"),

@@ -96,7 +96,7 @@ def test_a_damaged_reference_window_is_named(variant, tiny, options, tmp_path):
 def test_a_model_that_does_not_fit_is_streamed_to_the_same_result(variant, tiny, options, tmp_path, monkeypatch):
     whole = evaluate(variant, tiny, tmp_path / "whole.json", options)
     monkeypatch.setattr(trace, "RESIDENT_SHARE", 0)
-    monkeypatch.setattr(trace, "ROUND_TOKENS", 4 * WINDOW)
+    monkeypatch.setitem(trace.ROUND_TOKENS, "cpu", 4 * WINDOW)
     streamed = evaluate(variant, tiny, tmp_path / "s.json", replace(options, reference_cache=tmp_path / "other"))
     assert same(streamed, whole)
 

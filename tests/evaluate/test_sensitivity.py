@@ -233,6 +233,13 @@ def test_parts_that_cannot_stand_alone_are_refused(measure, tiny, variant, tmp_p
     moved = write_checkpoint(tmp_path / "moved", raw, tensors)
     with pytest.raises(UserError, match=r"model\.layers\.2\.input_layernorm\.weight is kept, but differs"):
         measure(tmp_path / "theirs", model=moved)
+    other = shutil.copytree(variant, tmp_path / "other")
+    edit_json(other / "config.json", lambda raw: raw.update(rms_norm_eps=1e-3))
+    with pytest.raises(UserError, match=r"other: its config is not that of .*; it is of another model"):
+        measure(other)
+    edit_json(folded / "klquant.json", lambda raw: raw.update(tensors=[1]))
+    with pytest.raises(UserError, match=r"klquant\.json: not as klquant quantize writes it"):
+        measure(folded)
 
 
 def test_only_a_quantized_checkpoint_into_one_in_16_bits(measure, tiny, variant):

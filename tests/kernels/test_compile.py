@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from klquant.kernels.linear.dispatch import QuantMLP, apply_linear, pack_mlp, pack_weight
+from klquant.kernels.linear.tiles import linear_tile
 from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
 from tests.kernels.launches import CARDS, Launch, compile_for, meta_weight, record
 from tests.triton_interpreter import interpreting, needs_triton
@@ -31,6 +32,16 @@ def linear(bits: int, group: int = 128, symmetric: bool = True, dtype: torch.dty
         for n in (4096, 576):
             w = pack_weight(meta_weight((n, HIDDEN), bits, group, symmetric))
             yield lambda w=w, tokens=tokens: apply_linear(meta(tokens, HIDDEN, dtype=dtype), w)
+
+
+def linear_beside(dtype: torch.dtype = torch.bfloat16) -> Iterator:
+    """A step's projections of KDA, and beside them what its gates read."""
+    from klquant.kernels.linear import triton
+
+    w = pack_weight(meta_weight((3 * 4096, HIDDEN), 8))
+    for tokens in (8, 16, 32, 64):
+        x, plain = meta(tokens, HIDDEN, dtype=dtype), meta(288, HIDDEN, dtype=dtype)
+        yield lambda x=x, plain=plain: triton.linear_beside(x, w, linear_tile(w, len(x), False), plain)
 
 
 def experts(bits: int, shared_bits: int, group: int = 128, dtype: torch.dtype = torch.bfloat16) -> Iterator:
@@ -67,7 +78,8 @@ def problems(pairs: Iterable[tuple[Launch, int]]) -> list[str]:
 
 
 def test_the_int4_recipe(monkeypatch):
-    assert not problems(zip(launches(monkeypatch, linear(8), experts(4, 8), router()), cycle(CARDS), strict=False))
+    groups = linear(8), linear_beside(), experts(4, 8), router()
+    assert not problems(zip(launches(monkeypatch, *groups), cycle(CARDS), strict=False))
 
 
 @pytest.mark.parametrize(
@@ -88,4 +100,5 @@ def test_every_launch_on_every_card(card, monkeypatch, request):
     plain = [linear(bits, dtype=dtype) for bits in (3, 4, 8, 16) for dtype in (torch.bfloat16, torch.float16)]
     other = [linear(bits, group, symmetric) for bits in (3, 4, 8) for group in (32, -1) for symmetric in (True, False)]
     mixed = [experts(4, 8), experts(3, 8), experts(8, 8), experts(4, 16, 32), experts(16, 16)]
-    assert not problems((launch, card) for launch in launches(monkeypatch, *plain, *other, *mixed, router()))
+    more = linear_beside(), linear_beside(torch.float16), router()
+    assert not problems((launch, card) for launch in launches(monkeypatch, *plain, *other, *mixed, *more))

@@ -60,19 +60,25 @@ def steps(dtype: torch.dtype) -> Iterator:
     """The launches that do not depend on the card."""
     from klquant.kernels.moe import router
     from klquant.kernels.norm import triton as norm
+    from klquant.kernels.norm.parts import Parts
 
     yield from kda_steps(dtype, [tile for tile in TILES if not tile.early])
     yield from write_steps(dtype, False)
     h, weight = meta(4, HIDDEN, dtype=dtype), meta(HIDDEN, dtype=dtype)
-    yield lambda: norm.add_rms_norm(h, h, weight, 1e-5)
+    yield lambda: norm.add_rms_norm(h, h, weight, 1e-5, meta(4, dtype=torch.int32))
     yield lambda: norm.add_rms_norm(h, None, weight, 1e-5)
+    yield lambda: norm.add_rms_norm(h, Parts(meta(4, TOP, HIDDEN, dtype=dtype), h), weight, 1e-5)
     for tokens in (1, 2, 4):
         h = meta(tokens, HIDDEN, dtype=dtype)
         low = meta(2 * LOW + HEADS, HIDDEN, dtype=dtype)
         yield lambda h=h, low=low: norm.add_rms_norm_linear(h, h, weight, 1e-5, low)
+    choice = floats(EXPERTS, HIDDEN), floats(EXPERTS), TOP, 2.446, True
     for tokens in (1, 2, 4, 8, 64):
-        x = meta(tokens, HIDDEN, dtype=dtype)
-        yield lambda x=x: router.route_tokens(x, floats(EXPERTS, HIDDEN), floats(EXPERTS), TOP, 2.446, True)
+        x, turn = meta(tokens, HIDDEN, dtype=dtype), meta(tokens, dtype=torch.int32)
+        if tokens <= 4:
+            yield lambda x=x, turn=turn: router.add_rms_norm_route(x, x, weight, 1e-5, *choice, turn)
+        else:
+            yield lambda x=x, turn=turn: router.route_tokens(x, *choice, turn)
 
 
 def mla_steps(

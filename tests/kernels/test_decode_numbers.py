@@ -24,8 +24,11 @@ if can_run:
     from klquant.kernels.mla import triton as mla_triton
     from klquant.kernels.moe import reference as moe_reference
     from klquant.kernels.moe import router
+    from klquant.kernels.moe import triton as moe_triton
+    from klquant.kernels.moe.tiles import RouterTile
     from klquant.kernels.norm import reference as norm_reference
     from klquant.kernels.norm import triton as norm_triton
+    from klquant.kernels.norm.parts import Parts
 
 NAN = float("nan")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -71,6 +74,19 @@ def test_add_rms_norm(width, dtype):
     alone, normed = norm_triton.add_rms_norm(strided(h), None, weight.to(DEVICE), 1e-5)
     assert torch.equal(alone.cpu(), h)
     assert error(normed, norm_reference.rms_norm(h.double(), weight.double(), 1e-5)) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_shared", [True, False])
+def test_a_delta_in_parts_is_their_sum(with_shared, dtype):
+    h, weight, shared = torch.randn(5, 72).to(dtype), torch.randn(72).to(dtype), torch.randn(5, 72).to(dtype)
+    routed = torch.randn(5, 3, 72).to(dtype)
+    parts = Parts(routed.to(DEVICE), shared.to(DEVICE) if with_shared else None)
+    added = moe_triton.combine(parts)
+    exact = routed.double().sum(1) + (shared.double() if with_shared else 0)
+    assert torch.equal(added.cpu(), exact.to(dtype))
+    got, want = (norm_triton.add_rms_norm(strided(h), delta, weight.to(DEVICE), 1e-5) for delta in (parts, added))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -269,16 +285,92 @@ def test_mla_decode_on_hopper(heads, splits, dtype):
                 assert not out[length[rows].to(DEVICE) == 0].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 3, 11])
-def test_route_tokens(tokens, dtype):
-    x, weights, bias = torch.randn(tokens, 1100).to(dtype), torch.randn(13, 1100) / 1100**0.5, 0.1 * torch.randn(13)
-    logits = router.few_logits(strided(x), weights.to(DEVICE))
-    assert error(logits, x.double() @ weights.double().T) < 1e-6
-    weight, expert = router.route_tokens(strided(x), *to_device(weights, bias), 3, 2.446, True)
-    want, chosen = moe_reference.route_tokens(x.double(), weights.double(), bias.double(), 3, 2.446, True)
+def routing_case(tokens: int, experts: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(tokens, width).to(dtype), torch.randn(experts, width) / width**0.5, 0.1 * torch.randn(experts)
+
+
+def check_routes(found, x, weights, bias, top, renormalize):
+    weight, expert = found
+    want, chosen = moe_reference.route_tokens(x.double(), weights.double(), bias.double(), top, 2.446, renormalize)
     assert torch.equal(expert.cpu(), chosen)
     assert torch.allclose(weight.cpu().double(), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "experts", "top"), [(1, 13, 3), (5, 70, 8), (11, 33, 1), (19, 13, 3)])
+def test_route_tokens(tokens, experts, top, dtype):
+    """One launch and two, of the same tokens."""
+    x, weights, bias = routing_case(tokens, experts, 600, dtype)
+    for turn in (None, torch.zeros(tokens, dtype=torch.int32, device=DEVICE)):
+        args = strided(x), *to_device(weights, bias), top, 2.446, tokens > 1, turn
+        check_routes(router.route_tokens(*args), x, weights, bias, top, tokens > 1)
+
+
+@pytest.mark.parametrize("tile", [(1, 1, 64, 1), (4, 2, 256, 4), (2, 8, 512, 8)])
+def test_tiles_of_the_router(tile):
+    x, weights, bias = routing_case(9, 13, 600, torch.bfloat16)
+    turn = torch.zeros(9, dtype=torch.int32, device=DEVICE)
+    args = strided(x), *to_device(weights, bias), 3, 2.446, True, turn, RouterTile(*tile)
+    check_routes(router.route_tokens(*args), x, weights, bias, 3, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+def test_add_rms_norm_route(tokens, dtype):
+    """Sum and norm are the norm kernel's, and the choice is made from that norm."""
+    h, weights, bias = routing_case(tokens, 37, 1100, dtype)
+    delta, norm = torch.randn(tokens, 1100).to(dtype), torch.randn(1100).to(dtype)
+    for beside in (strided(delta), None):
+        args, turn = (strided(h), beside, norm.to(DEVICE), 1e-5), torch.full((tokens,), 7, dtype=torch.int32)
+        turn = turn.to(DEVICE)
+        want_total, want = norm_triton.add_rms_norm(*args, turn)
+        assert not turn.any()
+        total, normed, *found = router.add_rms_norm_route(*args, *to_device(weights, bias), 3, 2.446, True, turn)
+        assert torch.equal(total, want_total)
+        assert error(normed, want.cpu().double()) < LIMIT[dtype]
+        check_routes(found, normed.cpu(), weights, bias, 3, True)
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_equal_experts_go_by_index(turn):
+    """Scores that are equal to the last bit, in one part of the experts and across parts; the bias decides the rest."""
+    x, weights, bias = torch.ones(2, 64).bfloat16(), torch.zeros(70, 64), torch.zeros(70)
+    bias[[66, 3, 40, 41]], bias[9] = 1.0, -1.0
+    turn = torch.zeros(2, dtype=torch.int32, device=DEVICE) if turn else None
+    _, expert = router.route_tokens(x.to(DEVICE), *to_device(weights, bias), 7, 1.0, True, turn)
+    assert expert.tolist() == [[3, 40, 41, 66, 0, 1, 2]] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 4, 8, 64])
+def test_a_captured_router_counts_anew(tokens):
+    """Replays choose as two launches do, from whatever program is last, and repeat their bits."""
+    _, weights, bias = to_device(*routing_case(tokens, 256, 2304, torch.bfloat16))
+    h, norm = to_device(torch.randn(tokens, 2304).bfloat16(), torch.ones(2304).bfloat16())
+    turn = torch.empty(tokens, dtype=torch.int32, device=DEVICE)
+
+    def step():
+        _, x = norm_triton.add_rms_norm(h, None, norm, 1e-5, turn)
+        if tokens <= 4:
+            return router.add_rms_norm_route(h, None, norm, 1e-5, weights, bias, 8, 2.446, True, turn)[1:]
+        return x, *router.route_tokens(x, weights, bias, 8, 2.446, True, turn)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(50):
+        h.normal_()
+        graph.replay()
+        first = [t.clone() for t in captured]
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+        x, weight, expert = first
+        want, chosen = router.route_tokens(x, weights, bias, 8, 2.446, True)
+        # Sums in another order may swap two scores that are nearly equal.
+        same = (expert == chosen).all(-1)
+        assert same.float().mean() > 0.95 or tokens == 1
+        assert torch.allclose(weight[same], want[same], rtol=1e-4)
 
 
 @pytest.mark.gpu

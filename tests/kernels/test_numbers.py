@@ -11,7 +11,7 @@ pytestmark = [needs_triton, pytest.mark.skipif(not can_run, reason="needs a CUDA
 if can_run:
     from klquant.kernels.linear import dispatch
     from klquant.kernels.linear.tiles import Tile
-    from klquant.kernels.linear.triton import linear, unpacked
+    from klquant.kernels.linear.triton import linear, linear_beside, unpacked
     from klquant.kernels.moe import grouping, reference, router
     from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
 
@@ -49,6 +49,20 @@ def test_linear(bits, group, symmetric, tile, dtype):
     y = linear(dispatch.pad_inputs(x.to(DEVICE), packed), packed, Tile(*tile))
     assert y.shape == (3, 33)
     assert error(y, x.double() @ exact(w).T) < LIMIT[dtype] / 1.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [NARROW, WIDE, (32, 8, 2, 1, 5)])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_plain_weight_beside(bits, tile, dtype):
+    """Two tiles of tokens; inputs that fill no brick; a row beside more than a tile has. The large one's bits stay."""
+    large, small = random_weight((33, 200), bits, -1), torch.randn(17, 200).to(dtype) / 200**0.5
+    packed = dispatch.pack_weight(large).to(DEVICE)
+    x = torch.randn(19, 200).to(dtype)
+    padded = dispatch.pad_inputs(x.to(DEVICE), packed)
+    y, beside = linear_beside(padded, packed, Tile(*tile), small.to(DEVICE))
+    assert torch.equal(y, linear(padded, packed, Tile(*tile)))
+    assert error(beside, x.double() @ small.double().T) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,10 +22,11 @@ def chunks(dtype: torch.dtype) -> Iterator:
     from klquant.kernels.norm import triton as norm
 
     width, heads = HEADS * DIM, meta(TOKENS, HEADS, DIM, dtype=dtype)
-    yield lambda: kda.prefill_inputs(
-        meta(TOKENS, 3 * width, dtype=dtype), meta(TOKENS, 2 * LOW + HEADS, dtype=dtype)[:, 2 * LOW :],
-        meta(3 * width, TAPS, dtype=dtype), meta(3 * width, TAPS - 1, dtype=dtype),
-    )  # fmt: skip
+    for batch, tail in ((1, meta(1, 3 * width, TAPS - 1, dtype=dtype)), (8, None)):
+        yield lambda batch=batch, tail=tail: kda.prefill_inputs(
+            meta(batch, TOKENS, 3 * width, dtype=dtype),
+            meta(batch, TOKENS, 2 * LOW + HEADS, dtype=dtype)[..., 2 * LOW :], meta(3 * width, TAPS, dtype=dtype), tail,
+        )  # fmt: skip
     for o in (heads, heads.float()):
         yield lambda o=o: norm.gated_rms_norm(o, heads, meta(DIM, dtype=dtype), 1e-5)
     for stored in STORED:

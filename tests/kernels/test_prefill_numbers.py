@@ -20,27 +20,33 @@ if can_run:
     from klquant.kernels.norm import triton as norm_triton
 
 
+def rows_of(x):
+    """`strided` sequences [B, S, ·]."""
+    return strided(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "dim", "taps"), [(3, 32, 4), (1, 16, 3), (2, 16, 2)])
+@pytest.mark.parametrize(("batch", "heads", "dim", "taps"), [(1, 3, 32, 4), (3, 1, 16, 3), (2, 2, 16, 2)])
 @pytest.mark.parametrize("lengths", [(1, 1, 2, 1), (2, 70, 3), (32, 33, 1), (129, 97)])
-def test_prefill_inputs(lengths, heads, dim, taps, dtype):
+def test_prefill_inputs(lengths, batch, heads, dim, taps, dtype):
     """Chunk after chunk on one tail: shorter than the taps, around a tile's borders, several tiles and programs."""
     width = heads * dim
     weights = (torch.randn(3 * width, taps) / taps**0.5).to(dtype)
-    tail = torch.randn(3 * width, taps - 1).to(dtype)
+    tail = torch.randn(batch, 3 * width, taps - 1).to(dtype)
     want_tail, tail = tail.double(), tail.to(DEVICE)
     for count in lengths:
-        qkv, b = torch.randn(count, 3 * width).to(dtype), torch.randn(count, heads).to(dtype)
-        got = kda_prefill.prefill_inputs(strided(qkv), strided(b), weights.to(DEVICE), tail)
-        want = kda_reference.prefill_inputs(qkv.double(), b.double(), weights.double(), want_tail)
+        qkv, b = torch.randn(batch, count, 3 * width).to(dtype), torch.randn(batch, count, heads).to(dtype)
+        for got_tail, its in ((tail, want_tail), (None, None)):
+            got = kda_prefill.prefill_inputs(rows_of(qkv), rows_of(b), weights.to(DEVICE), got_tail)
+            want = kda_reference.prefill_inputs(qkv.double(), b.double(), weights.double(), its)
+            for x, y in zip(got, want, strict=True):
+                assert x.shape == y.shape
+                assert x.is_contiguous()
+            for x, y in zip(got[:3], want[:3], strict=True):
+                assert error(x, y) < LIMIT[dtype]
+            assert got[3].dtype == torch.float32
+            assert error(got[3], want[3]) < 1e-6
         assert torch.equal(tail.cpu().double(), want_tail)
-        for x, y in zip(got, want, strict=True):
-            assert x.shape == y.shape
-            assert x.is_contiguous()
-        for x, y in zip(got[:3], want[:3], strict=True):
-            assert error(x, y) < LIMIT[dtype]
-        assert got[3].dtype == torch.float32
-        assert error(got[3], want[3]) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,11 +3,15 @@
 import pytest
 import torch
 
+from klquant.calibrate.paths import map_tensors
 from klquant.checkpoint.reader import CheckpointReader
+from klquant.kernels.norm import reference
+from klquant.model import fused
 from klquant.model.delta import delta_path, kda_chunk, kda_chunk_fla
 from klquant.model.forward import Model, stream_logits
 from klquant.model.kda import KDAState, kda_mix
 from klquant.model.mla import LatentCache, mla_mix, part_attention
+from klquant.model.norm import rms_norm
 from tests.model.oracle import oracle
 from tests.model.test_delta import inputs
 
@@ -65,6 +69,27 @@ def test_mixers_decode_as_they_prefill(model, length):
             state = new(cfg, 2, torch.bfloat16, "cuda")
             got = torch.cat([mix(cfg, w, y.contiguous(), state) for y in x.split(part, 1)], 1)
             assert relative(got, whole) < 0.02, (mix.__name__, part)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1, 2, 63, 65, 333])
+def test_mixers_with_kernels_are_the_plain_ones(model, length, dtype):
+    """Three sequences; what records gradients is plain."""
+    cfg = model.cfg
+    x = torch.randn(3, length, cfg.hidden_size, device="cuda").to(dtype)
+    assert fused.serves(x) and not fused.serves(x.float())
+    for mix, layer, new in ((kda_mix, 0, KDAState.zeros), (mla_mix, 3, LatentCache.empty)):
+        w = map_tensors(model.layers[layer].attn, lambda t: t.to(dtype) if t.dtype == torch.bfloat16 else t)
+        states = [new(cfg, 3, dtype, "cuda") for _ in range(2)]
+        got = [mix(cfg, w, x), mix(cfg, w, x, states[0]), mix(cfg, w, x[:, :7], states[0])]
+        with torch.enable_grad():
+            assert not fused.serves(x)
+            want = [mix(cfg, w, x), mix(cfg, w, x, states[1]), mix(cfg, w, x[:, :7], states[1])]
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype == dtype and a.shape == b.shape
+            assert relative(a, b) < 0.01, mix.__name__
+    norm = model.layers[0].input_norm.to(dtype)
+    assert relative(rms_norm(x, norm, 1e-5), reference.rms_norm(x.double(), norm.double(), 1e-5)) < 0.005
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -3,9 +3,11 @@
 import errno
 import os
 import resource
+from pathlib import Path
 
 import pytest
 
+from klquant.calibrate.activations import Activations
 from klquant.checkpoint.verify import verify
 from klquant.errors import UserError
 from tests.pipeline.build import digests, recipe, run, unfinished
@@ -39,7 +41,7 @@ def limit():
     [
         (100, r"text\.safetensors: cannot write [\d,]+ bytes: File too large"),
         (20_000, r"model-00001-of-00004\.safetensors: cannot write [\d,]+ bytes"),
-        (50_000, r"model-00002-of-00004\.safetensors: cannot write"),
+        (50_000, r"reference-002\.bin\.half: no room"),
     ],
 )
 def test_files_that_cannot_grow(model, tmp_path, limit, nbytes, match, whole_digests):
@@ -94,6 +96,23 @@ def test_streams_that_cannot_be_written(model, tmp_path, monkeypatch):
     fails(tmp_path / "out", model, r"(quantized|reference).*: cannot be written: No space left on device")
 
 
+def test_streams_that_are_cut_short_meanwhile(model, tmp_path, monkeypatch, whole_digests):
+    """Somebody truncates the file that a layer works in: the run stops, and a resumed one fills it anew."""
+    out, write = tmp_path / "out", Activations.write
+    monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
+
+    def cut(self, start, values):
+        write(self, start, values)
+        if self.path.name == "quantized.work":
+            os.truncate(self.path, 9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Activations, "write", cut)
+        fails(out, model, r"quantized\.work: cut short while in use; go on with --resume")
+    run(model, out, resume=True)
+    assert digests(out) == whole_digests
+
+
 def link(out):
     (out.parent / "empty").mkdir()
     out.symlink_to(out.parent / "empty")
@@ -107,6 +126,15 @@ def test_an_output_that_is_in_use_is_refused(model, tmp_path, make):
     with pytest.raises(UserError, match="out: exists and is not an empty folder"):
         run(model, out)
     assert not unfinished(out).exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/.."])
+def test_an_output_without_a_name_of_its_own_is_refused(model, tmp_path, monkeypatch, name):
+    """The unfinished folder is called after it, and it must be possible to replace it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is no name for a new folder"):
+        run(model, Path(name))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_is_taken_meanwhile(model, tmp_path, whole_digests, monkeypatch):

@@ -109,6 +109,14 @@ def test_no_curvature_at_all_is_an_error():
         gptq(w, torch.zeros_like(h), WeightSpec(bits=4, group_size=32))
 
 
+def test_what_no_damping_makes_positive_is_an_error():
+    w, h = problem(7)
+    h[1] = 1e9
+    h[1].fill_diagonal_(1)
+    with pytest.raises(torch.linalg.LinAlgError, match="stays indefinite however it is damped"):
+        gptq(w, h, WeightSpec(bits=4, group_size=32))
+
+
 def test_inputs_never_seen_do_no_harm():
     """Channels that were always zero keep their range, and the others are not disturbed."""
     w, h = problem(8)

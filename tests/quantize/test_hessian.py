@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from klquant.quantize.hessian import Moments, corrected_target, shrink
@@ -56,3 +57,10 @@ def test_a_heavy_ridge_keeps_the_weight():
     h = x.T @ x / T
     v = corrected_target(w, h, drift_KK=h * 0.5, missing_NK=None, damp=1e6)
     torch.testing.assert_close(v, w, rtol=1e-4, atol=1e-4)
+
+
+def test_second_moments_of_no_inputs_are_an_error():
+    """No x has moments with a negative eigenvalue; a ridge below it cannot give a regression."""
+    h = torch.eye(K) - 2 * torch.ones(K, K) / K
+    with pytest.raises(torch.linalg.LinAlgError, match="second moments are not positive definite"):
+        corrected_target(torch.randn(N, K), h, drift_KK=h, missing_NK=None, damp=0.01)

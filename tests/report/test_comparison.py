@@ -68,10 +68,27 @@ def test_memory_is_compared_at_128_k_or_at_what_the_model_can():
     assert compare(result(contexts=[4096])).plot_context == 4096
 
 
+def test_memory_is_compared_where_it_is_known_of_all():
+    """Of models with other limits, say because somebody changed one's config.json."""
+    c = compare(result("a"), result("b", contexts=CONTEXTS[:1]))
+    assert c.contexts == [CONTEXTS[0]] and c.plot_context == CONTEXTS[0]
+    with pytest.raises(UserError, match="memory is predicted for no context that all have"):
+        compare(result("a"), result("b", contexts=[4096]))
+
+
 @pytest.mark.parametrize(("kld", "inside"), [(FLOOR, True), (1.1 * FLOOR, True), (1.2 * FLOOR, False), (0.0, True)])
 def test_a_mean_within_the_floors_range_is_inside(kld, inside):
     c = compare(result("a", kld))
     assert c.inside_floor(c.variants[0].result.overall) == inside
+
+
+def test_a_floor_estimated_below_zero_is_no_noise():
+    """The mean KLD against a reference of which only the top is stored may be."""
+    below = result("a", 0.01)
+    kld = below.floor.overall.kld.model_copy(update={"mean": -1e-6, "low": -2e-6, "high": -1e-7})
+    overall = below.floor.overall.model_copy(update={"kld": kld})
+    c = compare(below.model_copy(update={"floor": below.floor.model_copy(update={"overall": overall})}))
+    assert c.noise == 0 and c.choices("80 GB")[0].variant.name == "a"
 
 
 def test_without_a_floor_nothing_is_inside():

@@ -1,7 +1,9 @@
 """What a result keeps of a task: the score, its standard error, and each item's score, so that models can be paired."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from klquant.evaluate.part import Part
 
@@ -23,6 +25,10 @@ class TaskValue(Part):
     value: float
     standard_error: float | None
     parts: list[TaskPart]
+
+    @property
+    def part_names(self) -> list[str]:
+        return [part.name for part in self.parts]
 
 
 class TaskResult(TaskValue):
@@ -59,6 +65,12 @@ class TaskScore(TaskResult):
     reference: TaskValue | None
     difference: TaskDifference | None
 
+    @model_validator(mode="after")
+    def _has_the_same_parts(self) -> Self:
+        if self.reference is not None and self.reference.part_names != self.part_names:
+            raise ValueError("the reference has other parts")
+        return self
+
 
 def other_items(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> str | None:
     """Why a task of `a` and the same one of `b` may not stand in one table; None where all may."""
@@ -72,6 +84,6 @@ def other_items(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> str | None:
                 return (
                     f"task {ours.task} with {what.replace('_', '-')} {getattr(ours, what)} and {getattr(theirs, what)}"
                 )
-        if ours.sha256 != theirs.sha256:
+        if (ours.sha256, ours.part_names) != (theirs.sha256, theirs.part_names):
             return f"task {ours.task}: other questions"
     return None

@@ -1,1 +1,1 @@
-"""Kimi Delta Attention between its projections: one position of a batch of sequences, a chunk of one sequence."""
+"""Kimi Delta Attention between its projections: one position of a batch of sequences, a chunk of some sequences."""

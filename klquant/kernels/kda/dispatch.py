@@ -23,16 +23,17 @@ def kda_decode(
 
 
 def prefill_inputs(
-    qkv_SF: Tensor, b_SH: Tensor, taps_FW: Tensor, tail_FW: Tensor
+    qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What the delta rule of S positions of one sequence reads: (q, k, v [S, H, D] in qkv's dtype, β [S, H] FP32).
+    """What the delta rule of S positions of B sequences reads: (q, k, v [B, S, H, D] in qkv's dtype, β [B, S, H] FP32).
 
-    qkv [S, 3·F]: the three projections; b [S, H]; rows of both may be strided. taps [3·F, W]. q, k and v are convolved
-    and passed through SiLU, q and k then l2-normed, each rounded to qkv's dtype; β = sigmoid(b). tail [3·F, W − 1],
-    qkv's dtype, contiguous: the inputs before the first position, replaced by the last ones. One launch.
+    qkv [B, S, 3·F]: the three projections; b [B, S, H]; rows of both may be strided. taps [3·F, W]. q, k and v are
+    convolved and passed through SiLU, q and k then l2-normed, each rounded to qkv's dtype; β = sigmoid(b). tail
+    [B, 3·F, W − 1], qkv's dtype, contiguous: the inputs before the first position, replaced by the last ones; None:
+    zeros, and the last ones are not kept. One launch.
     """
-    if not qkv_SF.is_cuda:
-        return reference.prefill_inputs(qkv_SF, b_SH, taps_FW, tail_FW)
+    if not qkv_BSF.is_cuda:
+        return reference.prefill_inputs(qkv_BSF, b_BSH, taps_FW, tail_BFW)
     from klquant.kernels.kda import prefill
 
-    return prefill.prefill_inputs(qkv_SF, b_SH, taps_FW, tail_FW)
+    return prefill.prefill_inputs(qkv_BSF, b_BSH, taps_FW, tail_BFW)

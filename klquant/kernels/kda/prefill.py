@@ -47,9 +47,9 @@ def prefill_inputs_kernel(
     qkv, qkv_stride, b, b_stride, taps, tail, out, beta, count, eps,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """out [3, S, H·D]: q, k, v; β [S, H]; grid (3·heads, tiles of BS positions).
+    """out [3, B, S, H·D]: q, k, v; β [B, S, H]; grid (3·heads, tiles of BS positions, sequences).
 
-    Of all programs only a head's first reads the head's tail, and having read it puts the new one there.
+    Of all programs only a head's first in a sequence reads the head's tail, and having read it puts the new one there.
     """
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     head = tl.program_id(0)
@@ -57,47 +57,52 @@ def prefill_inputs_kernel(
     channel = head * D + d
     s = tl.program_id(1) * BS + tl.arange(0, BS)
     exists = s < count
+    first = tl.program_id(2).to(tl.int64) * count
+    x_rows = qkv + first * qkv_stride
     tap = _rows(taps, channel, W, BW)
     y = tl.zeros([BS, D], tl.float32)
     for i in tl.static_range(W):
         at = s + (i - (W - 1))
-        rows = qkv + at[:, None].to(tl.int64) * qkv_stride + channel[None, :]
+        rows = x_rows + at[:, None].to(tl.int64) * qkv_stride + channel[None, :]
         x = tl.load(rows, mask=((at >= 0) & exists)[:, None], other=0.0).to(tl.float32)
         y += x * tap[i][None, :]
-    if tl.program_id(1) == 0:
-        past = _columns(tail, channel, W - 1)
-        new = _last(qkv, qkv_stride, tail, channel, count, W)
-        for i in tl.static_range(W - 1):
-            for j in tl.static_range(i, W - 1):
-                # Position j − i sees input j of the tail through tap i.
-                y += tl.where((s == j - i)[:, None], (past[j].to(tl.float32) * tap[i])[None, :], 0.0)
-        # All have read by now what is overwritten here.
-        tl.debug_barrier()
-        for i in tl.static_range(W - 1):
-            tl.store(tail + channel * (W - 1) + i, new[i])
+    if tail is not None:  # noqa: SIM102 (one is known when compiling, the other is not)
+        if tl.program_id(1) == 0:
+            own = tail + tl.program_id(2).to(tl.int64) * (3 * H * D * (W - 1))
+            past = _columns(own, channel, W - 1)
+            new = _last(x_rows, qkv_stride, own, channel, count, W)
+            for i in tl.static_range(W - 1):
+                for j in tl.static_range(i, W - 1):
+                    # Position j − i sees input j of the tail through tap i.
+                    y += tl.where((s == j - i)[:, None], (past[j].to(tl.float32) * tap[i])[None, :], 0.0)
+            # All have read by now what is overwritten here.
+            tl.debug_barrier()
+            for i in tl.static_range(W - 1):
+                tl.store(own + channel * (W - 1) + i, new[i])
     y = (y * tl.sigmoid(y)).to(DTYPE)
     part = head // H
     head = head % H
     if part < 2:
         x = y.to(tl.float32)
         y = (x / tl.sqrt(tl.sum(x * x, 1) + eps)[:, None]).to(DTYPE)
-    to = (part.to(tl.int64) * count + s)[:, None] * (H * D) + (head * D + d)[None, :]
+    to = (part.to(tl.int64) * tl.num_programs(2) * count + first + s)[:, None] * (H * D) + (head * D + d)[None, :]
     tl.store(out + to, y, mask=exists[:, None])
     if part == 2:
-        logit = tl.load(b + s.to(tl.int64) * b_stride + head, mask=exists, other=0.0).to(tl.float32)
-        tl.store(beta + s * H + head, tl.sigmoid(logit), mask=exists)
+        logit = tl.load(b + (first + s) * b_stride + head, mask=exists, other=0.0).to(tl.float32)
+        tl.store(beta + (first + s) * H + head, tl.sigmoid(logit), mask=exists)
 
 
 def prefill_inputs(
-    qkv_SF: Tensor, b_SH: Tensor, taps_FW: Tensor, tail_FW: Tensor
+    qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """One launch. D is a power of two."""
-    count, heads = b_SH.shape
-    dim = qkv_SF.shape[1] // (3 * heads)
-    out = torch.empty(3, count, heads, dim, dtype=qkv_SF.dtype, device=qkv_SF.device)
-    beta = torch.empty(count, heads, dtype=torch.float32, device=qkv_SF.device)
-    prefill_inputs_kernel[(3 * heads, triton.cdiv(count, POSITIONS))](
-        qkv_SF, qkv_SF.stride(0), b_SH, b_SH.stride(0), taps_FW, tail_FW, out, beta, count, L2_EPS,
+    batch, count, heads = b_BSH.shape
+    dim = qkv_BSF.shape[-1] // (3 * heads)
+    qkv_TF, b_TH = qkv_BSF.flatten(0, 1), b_BSH.flatten(0, 1)
+    out = torch.empty(3, batch, count, heads, dim, dtype=qkv_TF.dtype, device=qkv_TF.device)
+    beta = torch.empty(batch, count, heads, dtype=torch.float32, device=qkv_TF.device)
+    prefill_inputs_kernel[(3 * heads, triton.cdiv(count, POSITIONS), batch)](
+        qkv_TF, qkv_TF.stride(0), b_TH, b_TH.stride(0), taps_FW, tail_BFW, out, beta, count, L2_EPS,
         H=heads, D=dim, W=taps_FW.shape[1], BW=triton.next_power_of_2(taps_FW.shape[1]), BS=POSITIONS, num_warps=4,
     )  # fmt: skip
     return *out.unbind(), beta

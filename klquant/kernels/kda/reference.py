@@ -40,13 +40,13 @@ def kda_decode(
 
 
 def prefill_inputs(
-    qkv_SF: Tensor, b_SH: Tensor, taps_FW: Tensor, tail_FW: Tensor
+    qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`klquant.kernels.kda.dispatch.prefill_inputs`, in the dtype of the activations."""
-    heads = b_SH.shape[1]
-    mixed_SF = F.silu(short_conv(qkv_SF[None], taps_FW, tail_FW[None])[0]).to(qkv_SF.dtype)
-    q, k, v = (x.unflatten(-1, (heads, -1)) for x in mixed_SF.chunk(3, -1))
-    return l2_norm(q).to(q.dtype), l2_norm(k).to(k.dtype), v, torch.sigmoid(widen(b_SH))
+    heads = b_BSH.shape[-1]
+    mixed_BSF = F.silu(short_conv(qkv_BSF, taps_FW, tail_BFW)).to(qkv_BSF.dtype)
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in mixed_BSF.chunk(3, -1))
+    return l2_norm(q).to(q.dtype), l2_norm(k).to(k.dtype), v, torch.sigmoid(widen(b_BSH))
 
 
 def short_conv(x_BSF: Tensor, taps_FW: Tensor, tail: Tensor | None = None) -> Tensor:

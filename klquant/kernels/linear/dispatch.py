@@ -13,6 +13,8 @@ from klquant.kernels.linear.tiles import linear_tile
 
 # From so many tokens on, unpacking a weight costs less than what torch's product gains on unpacked ones.
 UNPACK_TOKENS = 512
+# For more tokens a small weight beside a large one is worth a launch of its own.
+BESIDE_TOKENS = 64
 
 # A weight on its grid, or in 16 bits.
 Weight = Quantized | Tensor
@@ -60,6 +62,18 @@ class QuantLinear:
         if not x.is_cuda:
             return reference.linear(x, self.weight)
         return apply_linear(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+    def beside(self, x_MK: Tensor, plain_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """x [M, K] → its products with this weight and with a small contiguous one in x's dtype.
+
+        One launch for few tokens: among the programs of a large weight those of a small one cost little.
+        """
+        if not x_MK.is_cuda or len(x_MK) > BESIDE_TOKENS:
+            return self(x_MK), F.linear(x_MK, plain_NK)
+        from klquant.kernels.linear.triton import linear_beside
+
+        x_MK = pad_inputs(x_MK, self.weight)
+        return linear_beside(x_MK, self.weight, linear_tile(self.weight, len(x_MK), False), plain_NK)
 
 
 @dataclass(frozen=True)

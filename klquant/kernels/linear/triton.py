@@ -11,6 +11,8 @@ from klquant.kernels.bricks import BRICK, CHUNK, ROWS, fields, tile_product, unp
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 
+# Inputs of a plain weight that a program reads at once: of two bytes each, what a brick of bytes has.
+PLAIN_INPUTS = tl.constexpr(64)
 # Triton's interpreter knows no inline assembly.
 PTX = os.environ.get("TRITON_INTERPRET") != "1"
 
@@ -26,24 +28,52 @@ def gated(acc):
 
 
 @triton.jit
+def plain_tile(
+    x, tokens, m, w, first_row, y, rows, width,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """y [m, rows] of a plain weight [rows, width]: rows first_row …, x and tokens as in `tile_product`."""
+    n = (first_row + tl.arange(0, BN))[:, None]
+    j = tl.arange(0, PLAIN_INPUTS)
+    acc = tl.zeros([BN, BM], tl.float32)
+    for start in tl.range(0, width, PLAIN_INPUTS, num_stages=STAGES):
+        k = start + j
+        a = tl.load(w + n * width + k[None, :], mask=(n < rows) & (k < width)[None, :], other=0.0)
+        b = tl.load(x[None, :] + k[:, None], mask=tokens[None, :] & (k < width)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc) if PTX else tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    at = m.to(tl.int64)[None, :] * rows + n
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=tokens[None, :] & (n < rows))
+
+
+@triton.jit
 def linear_kernel(
     x, x_stride, words, high, scale, zero, y, y_stride, tokens, rows, bricks, groups,
+    beside, beside_y, beside_rows, beside_width, beside_tiles,
     BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, BESIDE_BN: tl.constexpr,
 ):  # fmt: skip
-    """y [tokens, rows]; grid (tiles of rows, tiles of tokens)."""
-    tile = tl.program_id(0)
+    """y [tokens, rows], and beside_y [tokens, beside_rows] if there is another weight; grid (tiles, tiles of tokens).
+
+    The first `beside_tiles` are the other weight's.
+    """
+    tile = tl.program_id(0) - beside_tiles
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     exists = m < tokens
-    acc = tile_product(
-        x + m.to(tl.int64) * x_stride, exists, words, high, scale, zero, tile * BN, bricks, groups,
-        BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
-    )  # fmt: skip
-    if GATED:
-        acc = gated(acc)
-    n = tile * acc.shape[0] + tl.arange(0, acc.shape[0])
-    at = m.to(tl.int64)[None, :] * y_stride + n[:, None]
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=exists[None, :] & (n < rows)[:, None])
+    if BESIDE_BN > 0 and tile < 0:
+        plain_tile(
+            x + m.to(tl.int64) * x_stride, exists, m, beside, tl.program_id(0) * BESIDE_BN, beside_y, beside_rows,
+            beside_width, BESIDE_BN, BM, STAGES, PTX,
+        )  # fmt: skip
+    else:
+        acc = tile_product(
+            x + m.to(tl.int64) * x_stride, exists, words, high, scale, zero, tile * BN, bricks, groups,
+            BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+        )  # fmt: skip
+        if GATED:
+            acc = gated(acc)
+        n = tile * acc.shape[0] + tl.arange(0, acc.shape[0])
+        at = m.to(tl.int64)[None, :] * y_stride + n[:, None]
+        tl.store(y + at, acc.to(y.dtype.element_ty), mask=exists[None, :] & (n < rows)[:, None])
 
 
 def linear(x_MK: Tensor, w: Packed, tile: Tile, *, gated: bool = False, out: Tensor | None = None) -> Tensor:
@@ -52,10 +82,25 @@ def linear(x_MK: Tensor, w: Packed, tile: Tile, *, gated: bool = False, out: Ten
     y = torch.empty(m, rows, dtype=x_MK.dtype, device=x_MK.device) if out is None else out
     grid = (w.row_bricks * 16 // tile.rows, triton.cdiv(m, tile.tokens))
     linear_kernel[grid](
-        x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), m, rows, w.bricks, w.groups,
-        BITS=w.bits, GROUP=w.group, GATED=gated, PTX=PTX, **tile.options,
+        x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), m, rows, w.bricks, w.groups, None, None, 0, 0, 0,
+        BITS=w.bits, GROUP=w.group, GATED=gated, PTX=PTX, BESIDE_BN=0, **tile.options,
     )  # fmt: skip
     return y
+
+
+def linear_beside(x_MK: Tensor, w: Packed, tile: Tile, plain_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K padded to whole bricks] → its products with w and with a small contiguous weight in x's dtype."""
+    m, (rows, width) = x_MK.shape[0], plain_NK.shape
+    y, beside_y = (torch.empty(m, n, dtype=x_MK.dtype, device=x_MK.device) for n in (w.n, rows))
+    # Half as many rows as another program and twice as many bytes a weight: none is done later than the others.
+    beside_rows = max(16, tile.rows // 2)
+    tiles = triton.cdiv(rows, beside_rows)
+    grid = (tiles + w.row_bricks * 16 // tile.rows, triton.cdiv(m, tile.tokens))
+    linear_kernel[grid](
+        x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), m, w.n, w.bricks, w.groups, plain_NK, beside_y, rows, width,
+        tiles, BITS=w.bits, GROUP=w.group, GATED=False, PTX=PTX, BESIDE_BN=beside_rows, **tile.options,
+    )  # fmt: skip
+    return y, beside_y
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from klquant.kernels.linear.dispatch import QuantMLP, Weight, apply_linear, pack
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.moe import reference
 from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles, shares_launch
+from klquant.kernels.norm import dispatch as norm
+from klquant.kernels.norm.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,27 @@ class QuantExperts:
             return routed if self.shared is None else routed + self.shared(x_TC)
         return apply_experts(self, x_TC, weight_TR, expert_TR)
 
+    def parts(self, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor | Parts:
+        """The same, or what is still to be added up to be the same, which a norm can do on the way."""
+        return expert_parts(self, x_TC, weight_TR, expert_TR) if x_TC.is_cuda else self(x_TC, weight_TR, expert_TR)
+
 
 def apply_experts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor:
     """The kernels that the number of tokens asks for."""
+    return added_up(expert_parts(w, x_TC, weight_TR, expert_TR))
+
+
+def added_up(y: Tensor | Parts) -> Tensor:
+    """[T, C]: one launch, or none."""
+    if isinstance(y, Tensor):
+        return y
+    from klquant.kernels.moe.triton import combine
+
+    return combine(y)
+
+
+def expert_parts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor | Parts:
+    """The sum in the last kernel for few tokens, its parts for many."""
     from klquant.kernels.moe.triton import few_tokens, many_tokens
 
     shared = None if w.shared is None else (w.shared.gate_up, w.shared.down)
@@ -49,15 +69,30 @@ def apply_experts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: T
 
 
 def route_tokens(
-    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool
-) -> tuple[Tensor, Tensor]:
+    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool,
+    turn_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Experts of each token, best first: (weight [T, R] FP32, expert [T, R] int32).
 
     x [T, C]; router [E, C] and bias [E] FP32, and FP32 all the way: the bias takes part in the choice and not in the
-    weight; `renormalize`: the weights of a token add up to `scale`.
+    weight; `renormalize`: the weights of a token add up to `scale`. With `turn_T`, zeros int32 that an earlier launch
+    wrote and this one overwrites, it is one launch for few tokens.
     """
     if not x_TC.is_cuda:
         return reference.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize)
     from klquant.kernels.moe import router
 
-    return router.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize)
+    return router.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize, turn_T)
+
+
+def add_rms_norm_route(
+    h_TC: Tensor, delta_TC: Tensor | None, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor, top: int,
+    scale: float, renormalize: bool, turn_T: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(h + delta, its norm, and the norm's weight and expert as in `route_tokens`): one launch for few tokens."""
+    if not h_TC.is_cuda or len(h_TC) > norm.FEW_TOKENS:
+        total_TC, normed_TC = norm.add_rms_norm(h_TC, delta_TC, norm_C, eps)
+        return total_TC, normed_TC, *route_tokens(normed_TC, router_EC, bias_E, top, scale, renormalize, turn_T)
+    from klquant.kernels.moe import router
+
+    return router.add_rms_norm_route(h_TC, delta_TC, norm_C, eps, router_EC, bias_E, top, scale, renormalize, turn_T)

@@ -1,11 +1,40 @@
 """Which tiles a batch of routes gets: as in `klquant.kernels.linear.tiles`, a table."""
 
+from dataclasses import dataclass
+
 from klquant.kernels.linear.dispatch import QuantMLP
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile, make_tile, most_tokens
 
 # Up to here a program a route reads about what the experts' distinct weights take, and sorting would cost more.
 FEW_TOKENS = 4
+# For more tokens the router's logits are a matrix product, which is cuBLAS's in FP32.
+ROUTER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class RouterTile:
+    """A program of the router has the logits of `experts` for `tokens`, `columns` inputs at a time."""
+
+    experts: int
+    tokens: int
+    columns: int
+    warps: int
+
+    def options(self, width: int) -> dict[str, int]:
+        """As the kernels name it."""
+        sizes = {"BE": self.experts, "BT": self.tokens, "BC": self.columns, "CHUNKS": -(-width // self.columns)}
+        return sizes | {"EACH": min(4, self.columns // (32 * self.warps)), "num_warps": self.warps}
+
+
+def norm_router_tile(tokens: int) -> RouterTile:
+    """Behind the norm of few tokens, in one launch with it."""
+    return RouterTile(2, 1 << (tokens - 1).bit_length(), 512, 4)
+
+
+def router_tile(tokens: int) -> RouterTile:
+    """More experts in a program read the tokens less often, which few tokens leave too few programs for."""
+    return RouterTile(2, 8, 512, 4) if tokens <= 8 else RouterTile(4, 8, 512, 8)
 
 
 def few_tiles(gate_up: Packed, down: Packed, shared: QuantMLP | None, top: int) -> tuple[Tile, Tile]:

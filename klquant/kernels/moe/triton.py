@@ -4,7 +4,7 @@ Few tokens: two launches, nothing sorted. `route_gate_up_kernel` has a program f
 of the shared expert; `route_down_kernel` one for each (token, tile), which walks over that token's experts and the
 shared one, so the sum over routes happens in registers in a fixed order.
 Many tokens: routes sorted by expert (`grouping`), tiles of routes that share an expert, a weighted row for each route,
-and `combine_kernel` adds a token's rows and the shared expert's in a fixed order.
+and `combine_kernel`, or the next norm, adds a token's rows and the shared expert's in a fixed order.
 Shapes: h [T·R, I], in order of route or sorted by expert; shared h [T, I].
 """
 
@@ -18,6 +18,7 @@ from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 from klquant.kernels.linear.triton import PTX, gated
 from klquant.kernels.moe.grouping import group
+from klquant.kernels.norm.parts import Parts
 
 
 @triton.jit
@@ -230,8 +231,8 @@ def few_tokens(
 def many_tokens(
     x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed, down: Packed,
     shared: tuple[Packed, Packed] | None, shared_TC: Tensor | None, first: Tile, second: Tile,
-) -> Tensor:  # fmt: skip
-    """Routed experts plus the shared one: four launches. Tiles alike in tokens.
+) -> Parts:  # fmt: skip
+    """Routed experts and the shared one: three launches. Tiles alike in tokens.
 
     `shared`, gate·up and down, is run by the same launches; or else `shared_TC` is what the shared expert made of x.
     """
@@ -257,10 +258,14 @@ def many_tokens(
     beside = shared or (None, None)
     routed, shared_h = run(x_TC, x_TC if shared else None, gate_up, beside[0], first, True)
     routed, made = run(routed, shared_h, down, beside[1], second, False)
-    y = torch.empty(tokens, down.n, device=device, dtype=dtype)
-    combine_kernel[(tokens, triton.cdiv(down.n, 1024))](
-        routed, made if shared else shared_TC, y, down.n, TOP=top, BLOCK=1024
-    )
+    return Parts(routed.unflatten(0, (tokens, top)), made if shared else shared_TC)
+
+
+def combine(parts: Parts) -> Tensor:
+    """The sum [T, C]: one launch."""
+    tokens, top, rows = parts.routed_TRC.shape
+    y = torch.empty(tokens, rows, device=parts.routed_TRC.device, dtype=parts.routed_TRC.dtype)
+    combine_kernel[(tokens, triton.cdiv(rows, 1024))](parts.routed_TRC, parts.shared_TC, y, rows, TOP=top, BLOCK=1024)
     return y
 
 

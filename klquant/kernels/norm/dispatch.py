@@ -4,18 +4,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.kernels.norm import reference
+from klquant.kernels.norm.parts import Parts
 
 # For more tokens a linear map beside the norm is a product of its own.
-FEW_TOKENS = 2
+FEW_TOKENS = 4
 
 
-def add_rms_norm(h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(h + delta, rms_norm(h + delta)), each [T, C] in h's dtype: one launch. Without a delta the first is h itself."""
+def add_rms_norm(
+    h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, turn_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(h + delta, rms_norm(h + delta)), each [T, C] in h's dtype: one launch. Without a delta the first is h itself.
+
+    On a CUDA device delta may be in parts, which gives the same bits as their sum, and `turn_T` is set to 0, where a
+    later launch counts its programs.
+    """
     if not h_TC.is_cuda:
         return reference.add_rms_norm(h_TC, delta_TC, weight_C, eps)
     from klquant.kernels.norm import triton
 
-    return triton.add_rms_norm(h_TC, delta_TC, weight_C, eps)
+    return triton.add_rms_norm(h_TC, delta_TC, weight_C, eps, turn_T)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -31,15 +38,20 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Ten
 
 
 def add_rms_norm_linear(
-    h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float, proj_NC: Tensor
+    h_TC: Tensor,
+    delta_TC: Tensor | Parts | None,
+    weight_C: Tensor,
+    eps: float,
+    proj_NC: Tensor,
+    turn_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h + delta, its norm, norm · projᵀ [T, N]) with a contiguous map in h's dtype: one launch for few tokens.
 
-    Every program makes the norm anew, so the map has to be small.
+    Every program makes the norm anew, so the map has to be small. `turn_T` as in `add_rms_norm`.
     """
-    if not h_TC.is_cuda or len(h_TC) > FEW_TOKENS:
-        total_TC, normed_TC = add_rms_norm(h_TC, delta_TC, weight_C, eps)
+    if not h_TC.is_cuda or len(h_TC) > FEW_TOKENS or isinstance(delta_TC, Parts):
+        total_TC, normed_TC = add_rms_norm(h_TC, delta_TC, weight_C, eps, turn_T)
         return total_TC, normed_TC, F.linear(normed_TC, proj_NC)
     from klquant.kernels.norm import triton
 
-    return triton.add_rms_norm_linear(h_TC, delta_TC, weight_C, eps, proj_NC)
+    return triton.add_rms_norm_linear(h_TC, delta_TC, weight_C, eps, proj_NC, turn_T)

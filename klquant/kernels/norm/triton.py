@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from klquant.kernels.norm.parts import Parts
+
 # Rows of a linear map that a program of its norm has: few, so that a map of some hundred spreads over a card.
 LINEAR_ROWS = 2
 
@@ -18,9 +20,13 @@ def normalize(x, weight, width, eps, DTYPE: tl.constexpr):
 
 @triton.jit
 def add_rms_norm_kernel(
-    h, h_stride, delta, delta_stride, weight, total, normed, width, eps, BLOCK: tl.constexpr
+    h, h_stride, delta, delta_stride, shared, weight, total, normed, turn, width, eps, TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """total [T, width] = h + delta, unless there is no delta, and its norm; grid (tokens,)."""
+    """total [T, width] = h + delta, unless there is no delta, and its norm; grid (tokens,). `turn` [T] is set to 0.
+
+    TOP > 0: a token's delta is so many rows and `shared`'s one, if any.
+    """
     DTYPE: tl.constexpr = h.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -28,22 +34,34 @@ def add_rms_norm_kernel(
     w = tl.load(weight + c, mask=inside, other=0.0)
     x = tl.load(h + token * h_stride + c, mask=inside, other=0.0)
     if delta is not None:
-        d = tl.load(delta + token * delta_stride + c, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + d.to(tl.float32)).to(DTYPE)
+        d = tl.load(delta + token * delta_stride + c, mask=inside, other=0.0).to(tl.float32)
+        if TOP > 0:
+            # As combine_kernel does.
+            for r in tl.static_range(1, TOP):
+                d += tl.load(delta + token * delta_stride + r * width + c, mask=inside, other=0.0).to(tl.float32)
+            if shared is not None:
+                d += tl.load(shared + token * width + c, mask=inside, other=0.0).to(tl.float32)
+            d = d.to(DTYPE).to(tl.float32)
+        x = (x.to(tl.float32) + d).to(DTYPE)
         tl.store(total + token * width + c, x, mask=inside)
+    if turn is not None:
+        tl.store(turn + token, 0)
     y = normalize(x.to(tl.float32), w, width, eps, DTYPE)
     tl.store(normed + token * width + c, y.to(DTYPE), mask=inside)
 
 
-def add_rms_norm(h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(h + delta, its norm). Rows of h and delta may be strided."""
-    tokens, width = h_TC.shape
-    normed = torch.empty(tokens, width, dtype=h_TC.dtype, device=h_TC.device)
-    total = None if delta_TC is None else torch.empty_like(normed)
+def add_rms_norm(
+    h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, turn_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(h + delta, its norm). Rows of h and of a delta that is not in parts may be strided."""
+    (tokens, width), top, shared = h_TC.shape, 0, None
+    if isinstance(delta_TC, Parts):
+        delta_TC, shared, top = delta_TC.routed_TRC, delta_TC.shared_TC, delta_TC.routed_TRC.shape[1]
+    total, normed = sum_and_norm(h_TC, delta_TC)
     block = triton.next_power_of_2(width)
     add_rms_norm_kernel[(tokens,)](
-        h_TC, h_TC.stride(0), delta_TC, 0 if delta_TC is None else delta_TC.stride(0), weight_C, total, normed, width,
-        eps, BLOCK=block, num_warps=min(8, max(1, block // 256)),
+        h_TC, h_TC.stride(0), delta_TC, 0 if delta_TC is None else delta_TC.stride(0), shared, weight_C, total, normed,
+        turn_T, width, eps, TOP=top, BLOCK=block, num_warps=min(8, max(1, block // 256)),
     )  # fmt: skip
     return h_TC if total is None else total, normed
 
@@ -76,16 +94,25 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight_D: Tensor, eps: float) -> Ten
 
 
 @triton.jit
-def norm_linear_kernel(
-    h, h_stride, delta, delta_stride, weight, proj, total, normed, out, tokens, width, rows, eps,
-    BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
+def columns(BC: tl.constexpr, EACH: tl.constexpr):
+    """[1, 1, BC] whole numbers of which a thread is to have EACH neighbours, whatever the type of what it loads there.
+
+    Left alone the compiler gives each type as many as 16 bytes hold, and moves what meets another.
+    """
+    return tl.max_contiguous(tl.arange(0, BC)[None, None, :], (1, 1, EACH))
+
+
+@triton.jit
+def norm_product(
+    h, h_stride, delta, delta_stride, weight, proj, total, normed, turn, tokens, width, rows, eps,
+    BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """out [T, rows] = norm · projᵀ; grid (tiles of BN rows,). Each program makes the norm, one stores it."""
+    """norm · projᵀ [BN, BT] FP32 of a program's BN rows; each program makes the norm, one stores it."""
     DTYPE: tl.constexpr = h.dtype.element_ty
     # All are [BN, BT, BC], of which a weight or a token has one: alike in registers, so that nothing moves.
     n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None, None]
     t = tl.arange(0, BT)[None, :, None]
-    c = tl.arange(0, BC)[None, None, :]
+    c = columns(BC, EACH)
     w = ()
     scale = ()
     for i in tl.static_range(CHUNKS):
@@ -122,22 +149,44 @@ def norm_linear_kernel(
             if delta is not None:
                 tl.store(total + to, x[i], mask=inside)
             tl.store(normed + to, y, mask=inside)
-    to = out + t * rows + n
-    tl.store(to, tl.sum(acc, 2, keep_dims=True).to(DTYPE), mask=(n < rows) & (t < tokens))
+    if turn is not None and tl.program_id(0) == 0:
+        tl.store(turn + t, 0, mask=t < tokens)
+    return tl.sum(acc, 2)
+
+
+@triton.jit
+def norm_linear_kernel(
+    h, h_stride, delta, delta_stride, weight, proj, total, normed, turn, out, tokens, width, rows, eps,
+    BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """out [T, rows] = norm · projᵀ; grid (tiles of BN rows,). `turn` [T], if any, is set to 0."""
+    acc = norm_product(
+        h, h_stride, delta, delta_stride, weight, proj, total, normed, turn, tokens, width, rows, eps,
+        BN, BT, BC, CHUNKS, EACH,
+    )  # fmt: skip
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    t = tl.arange(0, BT)
+    to = out + t[None, :] * rows + n[:, None]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=(n < rows)[:, None] & (t < tokens)[None, :])
 
 
 def add_rms_norm_linear(
-    h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float, proj_NC: Tensor
+    h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float, proj_NC: Tensor, turn_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h + delta, its norm, norm · projᵀ) of few tokens. Rows of h and delta may be strided."""
     (tokens, width), rows = h_TC.shape, len(proj_NC)
-    normed = torch.empty(tokens, width, dtype=h_TC.dtype, device=h_TC.device)
-    total = None if delta_TC is None else torch.empty_like(normed)
+    total, normed = sum_and_norm(h_TC, delta_TC)
     out = torch.empty(tokens, rows, dtype=h_TC.dtype, device=h_TC.device)
     block = min(1024, triton.next_power_of_2(width))
     norm_linear_kernel[(triton.cdiv(rows, LINEAR_ROWS),)](
         h_TC, h_TC.stride(0), delta_TC, 0 if delta_TC is None else delta_TC.stride(0), weight_C, proj_NC, total,
-        normed, out, tokens, width, rows, eps, BN=LINEAR_ROWS, BT=triton.next_power_of_2(tokens), BC=block,
-        CHUNKS=triton.cdiv(width, block), num_warps=4,
+        normed, turn_T, out, tokens, width, rows, eps, BN=LINEAR_ROWS, BT=triton.next_power_of_2(tokens), BC=block,
+        CHUNKS=triton.cdiv(width, block), EACH=max(1, block // 128), num_warps=4,
     )  # fmt: skip
     return h_TC if total is None else total, normed, out
+
+
+def sum_and_norm(h_TC: Tensor, delta_TC: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """Where a norm's kernel writes h + delta, if there is a delta, and its norm."""
+    normed = torch.empty(h_TC.shape, dtype=h_TC.dtype, device=h_TC.device)
+    return None if delta_TC is None else torch.empty_like(normed), normed

@@ -235,6 +235,13 @@ def test_what_a_user_can_mend_is_one_line(tiny, options, tasks, tmp_path, capfd,
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_package_that_a_task_needs_is_named(tiny, options, tasks, tmp_path):
+    (tasks["write"].parent / "helper.py").write_text("import rare_package\n")
+    tasks["write"].write_text(tasks["write"].read_text() + "process_docs: !function helper.f\n")
+    with pytest.raises(UserError, match=r"write\.yaml needs the package rare_package, which is not installed"):
+        run(tiny, options, tmp_path / "r.json", [tasks["write"]])
+
+
 def test_unknown_names_get_near_ones_and_missing_files_are_said(tiny, options, tasks, home, tmp_path, monkeypatch):
     manager = TaskManager(include_defaults=False, include_path=home)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)

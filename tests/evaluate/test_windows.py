@@ -1,0 +1,43 @@
+"""A folder of finished windows: found again by its purpose, and damage named."""
+
+import pytest
+import torch
+
+from klquant.errors import UserError
+from klquant.evaluate.windows import WindowFolder
+
+PURPOSE = {"text": "abc", "windows": 2}
+TENSORS = {"a": torch.arange(12.0).view(4, 3), "b": torch.arange(4)}
+
+
+def test_windows_are_found_again_for_their_purpose_only(tmp_path):
+    folder = WindowFolder.open(tmp_path / "w", PURPOSE)
+    folder.write(1, TENSORS)
+    again = WindowFolder.open(tmp_path / "w", PURPOSE)
+    assert 1 in again and 0 not in again
+    file = again.read(1)
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in file.tensors().items())
+    assert torch.equal(file.rows(["a"], 1, 3)["a"], TENSORS["a"][1:3])
+    assert 1 not in WindowFolder.open(tmp_path / "w", PURPOSE | {"windows": 3})
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/w: cannot be created: Not a directory"):
+        WindowFolder.open(tmp_path / "file" / "w", PURPOSE)
+
+
+def test_damaged_windows_are_named(tmp_path):
+    """Cut short, another file, or without a tensor that is asked for."""
+    folder = WindowFolder.open(tmp_path / "w", PURPOSE)
+    folder.write(0, TENSORS)
+    damaged = r"window-00000\.safetensors: damaged \(.*\); delete it and run the same command again"
+    for ask in (lambda file: file["c"], lambda file: file.rows(["a", "c"], 0, 1)):
+        with pytest.raises(UserError, match=damaged):
+            ask(folder.read(0))
+    path = tmp_path / "w" / "window-00000.safetensors"
+    whole = path.read_bytes()
+    for cut in (0, 7, 30, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=damaged):
+            folder.read(0)
