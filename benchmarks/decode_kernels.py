@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from klquant.kernels.mla import reference as mla_reference
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, read_latent
 from klquant.kernels.mla.tiles import Tile, decode_tile
+from klquant.kernels.mla.tiles import tiles as mla_tiles
 from klquant.kernels.moe import reference as moe_reference
 from klquant.kernels.moe.dispatch import added_up
 from klquant.kernels.moe.tiles import RouterTile
@@ -167,7 +168,7 @@ def mla_case(batch: int, context: int, stored: str, tile: Tile | None = None) ->
         args = pages, tables[0][some], length[some], SCALE
         return error(run(0)[some], mla_reference.mla_decode(q[some].double(), kv_b[0].double(), *args))
 
-    name = f"mla_decode {stored}" + (f" {tile.tokens}/{tile.warps}/{tile.splits}" if tile else "")
+    name = f"mla_decode {stored}" + (f" {tile}" if tile else "")
     return Case(name, batch, context, run, copies, check, nbytes)
 
 
@@ -358,13 +359,12 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
 
 
 def tiles(batch: int) -> list[Tile]:
-    """Tiles worth trying that fit this card."""
+    """Those this card can run, the last also with half and twice the parts that `decode_tile` gives."""
     card = torch.cuda.get_device_properties(0)
     kib = card.shared_memory_per_block_optin >> 10
-    sizes = [(16, 4), (32, 4), (32, 8)] + ([(64, 8)] if kib > 112 else [])
-    table = decode_tile(batch, 1 << 20, card.multi_processor_count, kib)
-    counts = {max(1, table.splits * part // 2) for part in (1, 2, 4)}
-    return [Tile(*size, splits) for size in sizes for splits in sorted(counts)]
+    splits = decode_tile(batch, 1 << 20, card.multi_processor_count, kib).splits
+    found = mla_tiles(splits, kib, card.major == 9)
+    return found + [replace(found[-1], splits=count) for count in {max(1, splits // 2), 2 * splits} - {splits}]
 
 
 def measure(case: Case) -> Row:
@@ -386,13 +386,13 @@ def main() -> None:
         sys.exit("benchmarks/decode_kernels.py: needs a CUDA GPU")
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}: copy {copy_rate() / 1e12:.2f} TB/s")
-    print(f"{'':24} {'batch':>5} {'context':>7} {'µs':>8} {'GB/s':>5} {'copy':>5} {'error':>7}")
+    print(f"{'':36} {'batch':>5} {'context':>7} {'µs':>8} {'GB/s':>5} {'copy':>5} {'error':>7}")
     rows = []
     for case in cases(options.only, options.sweep):
         row = measure(case)
         rows.append(row)
         print(
-            f"{row.op:24} {row.batch:5} {row.context or '':>7} {row.us:8.1f} {row.gb_s:5.0f} {row.of_copy:5.0%} "
+            f"{row.op:36} {row.batch:5} {row.context or '':>7} {row.us:8.1f} {row.gb_s:5.0f} {row.of_copy:5.0%} "
             f"{row.error:7.1e}",
             flush=True,
         )

@@ -74,9 +74,10 @@ def compile_for(launch: Launch, card: int) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     place = {name: (i,) for i, name in enumerate(launch.kernel.arg_names)}
-    source = ASTSource(
+    source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(
         launch.kernel, dict(launch.signature), {place[name]: value for name, value in launch.constants},
         {place[name]: [["tt.divisibility", 16]] for name in launch.divisible},
     )  # fmt: skip

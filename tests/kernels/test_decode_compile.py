@@ -12,7 +12,8 @@ import torch
 from klquant.kernels.kda.tiles import TILES, Tile
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.mla.pages import LatentPages
-from klquant.kernels.mla.tiles import decode_tile
+from klquant.kernels.mla.tiles import Tile as MLATile
+from klquant.kernels.mla.tiles import decode_tile, tiles
 from tests.kernels.launches import CARDS, Launch
 from tests.kernels.test_compile import launches, meta, problems
 from tests.triton_interpreter import interpreting, needs_triton
@@ -44,20 +45,25 @@ def kda_steps(dtype: torch.dtype, tiles: Iterable[Tile]) -> Iterator:
         )  # fmt: skip
 
 
+def write_steps(dtype: torch.dtype, early: bool) -> Iterator:
+    from klquant.kernels.mla import write
+
+    for stored in STORED:
+        pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
+        kv_a, position = meta(4, RANK + ROPE, dtype=dtype), meta(4, dtype=torch.int64)
+        yield lambda kv_a=kv_a, pages=pages, position=position: write.write_latent(
+            kv_a, meta(RANK, dtype=dtype), pages, position, early
+        )
+
+
 def steps(dtype: torch.dtype) -> Iterator:
     """The launches that do not depend on the card."""
-    from klquant.kernels.mla import write
     from klquant.kernels.moe import router
     from klquant.kernels.norm import triton as norm
     from klquant.kernels.norm.parts import Parts
 
     yield from kda_steps(dtype, [tile for tile in TILES if not tile.early])
-    for stored in STORED:
-        pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
-        kv_a, position = meta(4, RANK + ROPE, dtype=dtype), meta(4, dtype=torch.int64)
-        yield lambda kv_a=kv_a, pages=pages, position=position: write.write_latent(
-            kv_a, meta(RANK, dtype=dtype), pages, position
-        )
+    yield from write_steps(dtype, False)
     h, weight = meta(4, HIDDEN, dtype=dtype), meta(HIDDEN, dtype=dtype)
     yield lambda: norm.add_rms_norm(h, h, weight, 1e-5, meta(4, dtype=torch.int32))
     yield lambda: norm.add_rms_norm(h, None, weight, 1e-5)
@@ -75,13 +81,15 @@ def steps(dtype: torch.dtype) -> Iterator:
             yield lambda x=x, turn=turn: router.route_tokens(x, *choice, turn)
 
 
-def mla_steps(dtype: torch.dtype, batch: int, card: int, stored: torch.dtype | None) -> Iterator:
+def mla_steps(
+    dtype: torch.dtype, batch: int, card: int, stored: torch.dtype | None, tile: MLATile | None = None
+) -> Iterator:
     from klquant.kernels.mla import triton as mla
 
     pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
     q, kv_b = meta(batch, HEADS, NOPE + ROPE, dtype=dtype), meta(HEADS * (NOPE + V), RANK, dtype=dtype)
     table, length = meta(batch, 2048, dtype=torch.int32), meta(batch, dtype=torch.int32)
-    tile = decode_tile(batch, 2048 * 64, 132, CARDS[card])
+    tile = tile or decode_tile(batch, 2048 * 64, 132, CARDS[card])
     yield lambda: mla.mla_decode(q, kv_b, pages, table, length, 0.07, tile)
 
 
@@ -99,6 +107,12 @@ def test_decode_launches(monkeypatch):
 def test_what_starts_early(monkeypatch):
     """Instructions that a card has from sm90 on."""
     found = launches(monkeypatch, kda_steps(torch.bfloat16, [tile for tile in TILES if tile.early]))
+    for dtype in (torch.bfloat16, torch.float16):
+        found += launches(monkeypatch, write_steps(dtype, True))
+        for stored in STORED:
+            kinds = [tile for tile in tiles(132, CARDS[90], True) if tile.early]
+            found += launches(monkeypatch, *(mla_steps(dtype, 1, 90, stored, tile) for tile in kinds))
+    found = dict.fromkeys(found)
     assert not problems((launch, 90) for launch in found)
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from klquant.kernels.kda.tiles import Tile as KDATile
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
-from klquant.kernels.mla.tiles import Tile
+from klquant.kernels.mla.tiles import Tile, tiles
 from tests.kernels.build import DEVICE, LIMIT, can_run, error
+from tests.kernels.gluon_on_cpu import OnCPU
 from tests.triton_interpreter import interpreting, needs_triton, teach_bf16_products, teach_bf16_rounding
 
 pytestmark = [needs_triton, pytest.mark.skipif(not can_run, reason="needs a CUDA GPU, or a process that interprets")]
@@ -18,9 +19,9 @@ if can_run:
     from klquant.kernels.kda import reference as kda_reference
     from klquant.kernels.kda import triton as kda_triton
     from klquant.kernels.mla import dispatch as mla_dispatch
+    from klquant.kernels.mla import hopper, write
     from klquant.kernels.mla import reference as mla_reference
     from klquant.kernels.mla import triton as mla_triton
-    from klquant.kernels.mla import write
     from klquant.kernels.moe import reference as moe_reference
     from klquant.kernels.moe import router
     from klquant.kernels.moe import triton as moe_triton
@@ -174,7 +175,7 @@ def test_write_latent(stored, dtype):
     want = poisoned_pages(3, 48, stored or dtype)
     pages = on_device(want)
     kv_a[2] = NAN
-    write.write_latent(strided(kv_a), weight.to(DEVICE), pages, position.to(DEVICE))
+    write.write_latent(strided(kv_a), weight.to(DEVICE), pages, position.to(DEVICE), False)
     mla_reference.write_latent(kv_a, weight, want, position)
     got, bits = pages.data.cpu().view(torch.uint8), want.data.view(torch.uint8)
     # rsqrt of a GPU and of a CPU may differ in the last bit, and so may a rounded value now and then.
@@ -205,32 +206,85 @@ def cached(lengths: list[int], latent: int, stored: torch.dtype, dtype: torch.dt
     return pages, table, torch.tensor(lengths, dtype=torch.int32)
 
 
-TILES = [(16, 4, 3), (32, 8, 5), (64, 8, 1)]
+TILES = [Tile(16, 4, 3), Tile(32, 8, 5), Tile(64, 8, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", FORMATS)
+def test_mla_decode_staged(stored, dtype, monkeypatch):
+    """Hopper's kernel, with torch in place of its instructions."""
+    if not interpreting:
+        pytest.skip("test_mla_decode_on_hopper runs the kernel itself")
+
+    def codes(words: Tensor, field: int, format: str, dtype: torch.dtype) -> Tensor:
+        byte = words.contiguous().view(torch.int8).unflatten(-1, (-1, 2))[..., field]
+        value = byte.to(dtype) if format == "int8" else byte.view(torch.float8_e4m3fn).to(dtype)
+        return value / unit_of(format, dtype)
+
+    def unit_of(format: str, dtype: torch.dtype) -> float:
+        return 256.0 if format == "fp8" and dtype == torch.float16 else 1.0
+
+    kernel = OnCPU(hopper.attend_kernel, {"_codes": codes, "unit": unit_of})
+    monkeypatch.setattr(hopper, "attend_kernel", kernel)
+    for splits in (1, 3):
+        check_mla_decode(stored, dtype, Tile(64, 8, splits, staged=True))
 
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", FORMATS)
 def test_mla_decode(stored, dtype, tile):
+    check_mla_decode(stored, dtype, tile)
+
+
+def check_mla_decode(stored: torch.dtype | None, dtype: torch.dtype, tile: Tile) -> None:
     """Lengths around a tile's, a page's and a part's borders; three heads; a page more than anyone uses."""
     heads, nope, rope, v, rank = 3, 32, 32, 16, 64
-    tokens, _, splits = tile
+    tokens, splits = tile.tokens, tile.splits
     lengths = [1, 0, 63, 64, 65, tokens * splits - 1, tokens * splits + 1, 2 * tokens * splits + 3, 200, 17]
     pages, table, length = cached(lengths, rank + rope, stored or dtype, dtype)
     q = torch.randn(len(lengths), heads * (nope + rope) + 5).to(dtype)
     q[1] = NAN
     q_BHK = q[:, 5:].unflatten(1, (heads, nope + rope))
     kv_b = (torch.randn(heads * (nope + v), rank) / rank**0.5).to(dtype)
-    for rows in (slice(None), slice(4, 5)):
+    for rows in (slice(None), slice(3, 6), slice(4, 5)):
         args = q_BHK[rows], kv_b, pages, table[rows], length[rows]
         want = mla_reference.mla_decode(
             *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), 0.3
         )
         on = (a.to(DEVICE) if a is not pages else on_device(a) for a in args)
-        out = mla_triton.mla_decode(*on, 0.3, Tile(*tile))
+        out = mla_triton.mla_decode(*on, 0.3, tile)
         assert out.shape == want.shape
         assert error(out, want) < 2 * LIMIT[dtype]
         assert not out[length[rows].to(DEVICE) == 0].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [5, 32])
+@pytest.mark.parametrize("splits", [1, 3, 132])
+def test_mla_decode_on_hopper(heads, splits, dtype):
+    """Kernels that the interpreter does not know: what starts early, and pages that are staged."""
+    nope, rope, v, rank = 32, 64, 32, 512
+    lengths = [1, 0, 63, 64, 65, 128, 129, 192 * splits + 1, 200, 2000]
+    q = torch.randn(len(lengths), heads, nope + rope).to(dtype)
+    kv_b = (torch.randn(heads * (nope + v), rank) / rank**0.5).to(dtype)
+    for stored in FORMATS:
+        pages, table, length = cached(lengths, rank + rope, stored or dtype, dtype)
+        kinds = [tile for tile in tiles(splits, 227, True) if tile.early or tile.staged]
+        for rows in (slice(None), slice(7, 8)):
+            args = q[rows], kv_b, pages, table[rows], length[rows]
+            want = mla_reference.mla_decode(
+                *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), 0.1
+            )
+            for tile in kinds:
+                on = (a.to(DEVICE) if a is not pages else on_device(a) for a in args)
+                out = mla_triton.mla_decode(*on, 0.1, tile)
+                assert error(out, want) < 2 * LIMIT[dtype], (stored, tile)
+                assert not out[length[rows].to(DEVICE) == 0].any()
 
 
 def routing_case(tokens: int, experts: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,16 +73,19 @@ def test_ptx_unpacks_every_code(bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_ptx_unpacks_every_fp8(dtype):
-    from klquant.kernels.mla.words import _fp8_asm
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_ptx_unpacks_every_latent(format, dtype):
+    from klquant.kernels.mla.words import code_asm
 
     torch.manual_seed(0)
     words = torch.randint(0, 1 << 16, (4096, 2))
+    unit = 256 if (format, dtype) == ("fp8", torch.float16) else 1
     for field in (0, 1):
-        want = ((words >> (8 * field)) & 0xFF).to(torch.uint8).view(torch.float8_e4m3fn).float()
-        out = emulate(_fp8_asm(field, dtype == torch.bfloat16), dtype, r1=words[:, 0] | words[:, 1] << 16)
+        byte = ((words >> (8 * field)) & 0xFF).to(torch.uint8)
+        want = byte.view(torch.float8_e4m3fn if format == "fp8" else torch.int8).float()
+        out = emulate(code_asm(format, field, dtype == torch.bfloat16), dtype, r1=words[:, 0] | words[:, 1] << 16)
         pair = torch.stack((out & 0xFFFF, out >> 16), -1)
         values = torch.where(pair < 0x8000, pair, pair - 0x10000).to(torch.int16).view(dtype).float()
         numbers = ~want.isnan()
-        assert torch.equal(values[numbers] * (1 if dtype == torch.bfloat16 else 256), want[numbers])
-        assert len(want[numbers].unique()) == 253
+        assert torch.equal(values[numbers] * unit, want[numbers])
+        assert len(want[numbers].unique()) == {"fp8": 253, "int8": 256}[format]

@@ -18,7 +18,8 @@ def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position
         return reference.write_latent(kv_a, norm_weight, pages, position_T)
     from klquant.kernels.mla import write
 
-    return write.write_latent(kv_a, norm_weight, pages, position_T)
+    early = torch.cuda.get_device_properties(kv_a.device).major >= 9
+    return write.write_latent(kv_a, norm_weight, pages, position_T, early)
 
 
 def mla_decode(

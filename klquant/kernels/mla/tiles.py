@@ -12,11 +12,30 @@ MOST_TURNS = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """`tokens` latents at a time by `warps` warps; a sequence in up to `splits` parts."""
+    """`tokens` latents at a time by `warps` warps; a sequence in up to `splits` parts.
+
+    early: a launch starts while the one before it still works, and waits for its results only when it has asked for
+        what else it reads (programmatic dependent launch, from sm90 on).
+    staged: `klquant.kernels.mla.hopper`, a page at a time.
+    """
 
     tokens: int
     warps: int
     splits: int
+    early: bool = False
+    staged: bool = False
+
+    def __str__(self) -> str:
+        kind = (" early" if self.early else "") + (" staged" if self.staged else "")
+        return f"{self.tokens}/{self.warps}/{self.splits}{kind}"
+
+
+def tiles(splits: int, shared_kib: int, hopper: bool) -> list[Tile]:
+    """What a benchmark compares on a card."""
+    if not hopper:
+        return [Tile(16, 4, splits), Tile(32, 8, splits)] + [Tile(64, 8, splits)] * (shared_kib > SM80_KIB)
+    kinds = [(early, staged) for staged in (False, True) for early in (False, True)]
+    return [Tile(64, 8, splits, early, staged) for early, staged in kinds]
 
 
 def decode_tile(batch: int, most_tokens: int, processors: int, shared_kib: int) -> Tile:

@@ -2,7 +2,7 @@
 
     absorb   each head's query through its W_UK: [B, H, L], what is compared with latents themselves
     attend   one program for each part of a sequence: all heads share its latents, which are read once; a part leaves
-             its softmax-weighted mean latent and the logarithm of its weight
+             its softmax-weighted mean latent, in 16 bits, and the logarithm of its weight
     finish   the mean over the parts, in their order, through each head's W_UV
 
 A sequence's length is cut into equal parts by the programs themselves, as many as the grid has or as there are tiles;
@@ -19,7 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from klquant.kernels.mla.ends import absorb_kernel, finish_kernel
 from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
 from klquant.kernels.mla.tiles import Tile
 from klquant.kernels.mla.words import latents, unit
@@ -27,36 +29,6 @@ from klquant.kernels.mla.words import latents, unit
 # Triton's interpreter knows no inline assembly.
 PTX = os.environ.get("TRITON_INTERPRET") != "1"
 LOG2E = 1.4426950408889634
-
-
-@triton.jit
-def _field_at(i, SIZE: tl.constexpr, FIELDS: tl.constexpr):
-    """Where latent i of SIZE lies when the even ones come before the odd ones."""
-    return (i % FIELDS) * (SIZE // FIELDS) + i // FIELDS
-
-
-@triton.jit
-def absorb_kernel(
-    q, q_stride, q_head_stride, kv_b, out, batch, H: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
-    V: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr, BL: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """out [B, H, RANK + ROPE]; grid (heads, tiles of BL latents, tiles of BM sequences)."""
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    head = tl.program_id(0)
-    l = tl.program_id(1) * BL + tl.arange(0, BL)
-    b = tl.program_id(2) * BM + tl.arange(0, BM)
-    exists = (b < batch)[None, :]
-    n = tl.arange(0, NOPE)
-    w = tl.load(kv_b + (head * (NOPE + V) + n)[:, None] * RANK + l[None, :])
-    x_at = q + b[None, :].to(tl.int64) * q_stride + head * q_head_stride
-    x = tl.load(x_at + n[:, None], mask=exists, other=0.0)
-    y = tl.sum(w.to(tl.float32) * x.to(tl.float32), 0)[:, None] if BM == 1 else tl.dot(tl.trans(w), x)
-    out_at = out + (b[None, :].to(tl.int64) * H + head) * (RANK + ROPE)
-    tl.store(out_at + _field_at(l, RANK, FIELDS)[:, None], y.to(DTYPE), mask=exists)
-    if tl.program_id(1) == 0:
-        e = tl.arange(0, ROPE)[:, None]
-        rope = tl.load(x_at + NOPE + e, mask=exists, other=0.0)
-        tl.store(out_at + RANK + _field_at(e, ROPE, FIELDS), rope, mask=exists)
 
 
 @triton.jit
@@ -83,9 +55,10 @@ def _words(data, row, seen, first, COUNT: tl.constexpr, STRIDE: tl.constexpr):
 def attend_kernel(
     q, data, scale, page_table, table_stride, length, mean, weight, splits, factor,
     H: tl.constexpr, BH: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-    FORMAT: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.constexpr,
+    FORMAT: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """mean [B, splits, H, RANK] and weight [B, H, splits], base 2, FP32, of the parts that exist; grid (splits, B).
+    """mean [B, splits, H, RANK] of the parts that exist; weight [B, H, splits], base 2, FP32, −∞ of others; grid
+    (splits, B).
 
     data: words of FIELDS latents. factor: the scores' scale · log2 e.
     """
@@ -96,19 +69,20 @@ def attend_kernel(
     UNIT: tl.constexpr = unit(FORMAT, DTYPE)
     # Keeps a weight times the scale of INT8 codes clear of FP16's small numbers.
     GAIN: tl.constexpr = 128.0 if FORMAT == "int8" else 1.0
+    if EARLY:
+        gdc_launch_dependents()
     split = tl.program_id(0)
     b = tl.program_id(1)
     n = tl.load(length + b)
     tiles, per = _part(n, splits, TOKENS)
     first = split * per
     last = tl.minimum(first + per, tiles)
+    h1 = tl.arange(0, BH)
+    weight_at = weight + (b * H + h1) * splits + split
     if first < last:
         end = tl.minimum(n, last * TOKENS)
         t = tl.arange(0, TOKENS)
         h = tl.arange(0, BH)[None, :]
-        q_at = q + (b.to(tl.int64) * H + h) * (RANK + ROPE)
-        q_latent = tl.load(q_at + tl.arange(0, RANK)[:, None], mask=h < H, other=0.0)
-        q_rope = tl.load(q_at + RANK + tl.arange(0, ROPE)[:, None], mask=h < H, other=0.0)
         acc = tl.zeros([RANK, BH], tl.float32)
         top = tl.full([BH], float("-inf"), tl.float32)
         # Each thread adds up its own weights; they meet after the last tile.
@@ -121,6 +95,12 @@ def attend_kernel(
         if FORMAT != "plain":
             step = tl.load(scale + row, mask=seen, other=0.0) * UNIT
         page = tl.load(pages + tl.minimum(first + 1, last - 1) // (PAGE // TOKENS))
+        # Latents are on their way before the queries are there.
+        if EARLY:
+            gdc_wait()
+        q_at = q + (b.to(tl.int64) * H + h) * (RANK + ROPE)
+        q_latent = tl.load(q_at + tl.arange(0, RANK)[:, None], mask=h < H, other=0.0)
+        q_rope = tl.load(q_at + RANK + tl.arange(0, ROPE)[:, None], mask=h < H, other=0.0)
         for tile in tl.range(first, last, num_stages=1):
             # The next tile's words are on their way to registers while this one's latents are multiplied, its page was
             # looked up a tile before. Latents that come from the turn before go to shared memory once, for both
@@ -152,50 +132,12 @@ def attend_kernel(
             seen = next_seen
         total = tl.sum(weights, 0)
         mean_at = mean + ((b.to(tl.int64) * splits + split) * H + h) * RANK
-        tl.store(mean_at + tl.arange(0, RANK)[:, None], acc / (total * GAIN)[None, :], mask=h < H)
-        h1 = tl.arange(0, BH)
-        tl.store(weight + (b * H + h1) * splits + split, top + tl.log2(total), mask=h1 < H)
-
-
-@triton.jit
-def finish_kernel(
-    mean, weight, kv_b, length, out, batch, splits,
-    H: tl.constexpr, NOPE: tl.constexpr, V: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
-    TOKENS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """out [B, H·V]; grid (heads, tiles of BV outputs, tiles of BM sequences). AT_ONCE parts are loaded together."""
-    DTYPE: tl.constexpr = out.dtype.element_ty
-    head = tl.program_id(0)
-    v = tl.program_id(1) * BV + tl.arange(0, BV)
-    b = tl.program_id(2) * BM + tl.arange(0, BM)
-    r = tl.arange(0, RANK)
-    w = tl.load(kv_b + (head * (NOPE + V) + NOPE + v)[:, None] * RANK + r[None, :])
-    tiles, per = _part(tl.load(length + b, mask=b < batch, other=0), splits, TOKENS)
-    parts = tl.cdiv(tiles, tl.maximum(per, 1))
-    weight_at = weight + (b * H + head)[None, :] * splits
-    i = tl.arange(0, SPLITS)[:, None]
-    heft = tl.load(weight_at + i, mask=i < parts[None, :], other=float("-inf"))
-    top = tl.max(heft, 0)
-    top = tl.where(parts > 0, top, 0.0)
-    total = tl.sum(tl.exp2(heft - top[None, :]), 0)
-    seen = tl.zeros([RANK, BM], tl.float32)
-    mean_at = (
-        mean + (b.to(tl.int64) * splits * H + head)[None, None, :] * RANK + _field_at(r, RANK, FIELDS)[None, :, None]
-    )
-    for start in tl.range(0, tl.max(parts, 0), AT_ONCE):
-        j = start + tl.arange(0, AT_ONCE)
-        lives = j[:, None] < parts[None, :]
-        share = tl.exp2(tl.load(weight_at + j[:, None], mask=lives, other=float("-inf")) - top[None, :])
-        some = tl.load(mean_at + (j * H * RANK)[:, None, None], mask=lives[:, None, :], other=0.0)
-        seen += tl.sum(some * share[:, None, :], 0)
-    # Padding has no part: 0.
-    seen = (seen / tl.where(parts > 0, total, 1.0)[None, :]).to(DTYPE)
-    if BM == 1:
-        y = tl.sum(w.to(tl.float32) * tl.reshape(seen, [1, RANK]).to(tl.float32), 1)[:, None]
+        tl.store(mean_at + tl.arange(0, RANK)[:, None], (acc * (1.0 / (total * GAIN))[None, :]).to(DTYPE), mask=h < H)
+        tl.store(weight_at, top + tl.log2(total), mask=h1 < H)
     else:
-        y = tl.dot(w, seen)
-    out_at = out + b[None, :].to(tl.int64) * (H * V) + head * V + v[:, None]
-    tl.store(out_at, y.to(DTYPE), mask=(b < batch)[None, :])
+        if EARLY:
+            gdc_wait()
+        tl.store(weight_at, tl.full([BH], float("-inf"), tl.float32), mask=h1 < H)
 
 
 def mla_decode(
@@ -208,27 +150,36 @@ def mla_decode(
     nope, v = qk - rope, kv_b.shape[0] // heads - (qk - rope)
     dtype, device = q_BHK.dtype, q_BHK.device
     coded = pages.scale is not None
-    sizes = {"H": heads, "RANK": rank, "FIELDS": 2 if coded else 1}
-    columns = 1 if batch == 1 else 8
+    sizes = {"H": heads, "RANK": rank, "FIELDS": 2 if coded else 1, "EARLY": tile.early}
+    early = {"launch_pdl": True} if tile.early else {}
     q = torch.empty(batch, heads, rank + rope, dtype=dtype, device=device)
-    block = min(128, rank)
+    columns, block = 8 if batch <= 8 else 16, min(128, rank)
     absorb_kernel[(heads, rank // block, triton.cdiv(batch, columns))](
         q_BHK, q_BHK.stride(0), q_BHK.stride(1), kv_b, q, batch, NOPE=nope, ROPE=rope, V=v, BL=block, BM=columns,
-        num_warps=4, **sizes,
+        num_warps=4, **sizes, **early,
     )  # fmt: skip
-    mean = torch.empty(batch, tile.splits, heads, rank, dtype=torch.float32, device=device)
+    mean = torch.empty(batch, tile.splits, heads, rank, dtype=dtype, device=device)
     weight = torch.empty(batch, heads, tile.splits, dtype=torch.float32, device=device)
-    attend_kernel[(tile.splits, batch)](
-        q, pages.data.view(torch.int16) if coded else pages.data, pages.scale, page_table_BM, page_table_BM.stride(0),
-        length_B, mean, weight, tile.splits, scale * LOG2E, BH=max(8, triton.next_power_of_2(heads)), ROPE=rope,
-        PAGE=PAGE_SIZE, FORMAT=pages.format, TOKENS=tile.tokens, PTX=PTX,
-        num_warps=tile.warps, H=heads, RANK=rank,
-    )  # fmt: skip
+    parts = length_B, mean, weight, tile.splits, scale * LOG2E
+    data = pages.data.view(torch.int16) if coded else pages.data
+    table = page_table_BM, page_table_BM.stride(0)
+    padded = triton.next_power_of_2(heads)
+    if tile.staged:
+        from klquant.kernels.mla import hopper
+
+        hopper.attend_kernel[(tile.splits, batch)](
+            q, data, pages.scale, *table, *parts, H=heads, BH=max(32, padded), RANK=rank, ROPE=rope, PAGE=PAGE_SIZE,
+            FORMAT=pages.format, EARLY=tile.early, num_warps=tile.warps, **early,
+        )  # fmt: skip
+    else:
+        attend_kernel[(tile.splits, batch)](
+            q, data, pages.scale, *table, *parts, H=heads, BH=max(8, padded), RANK=rank, ROPE=rope, PAGE=PAGE_SIZE,
+            FORMAT=pages.format, TOKENS=tile.tokens, EARLY=tile.early, PTX=PTX, num_warps=tile.warps, **early,
+        )  # fmt: skip
     out = torch.empty(batch, heads * v, dtype=dtype, device=device)
-    block = min(32, v)
-    finish_kernel[(heads, v // block, triton.cdiv(batch, columns))](
-        mean, weight, kv_b, length_B, out, batch, tile.splits, NOPE=nope, V=v, TOKENS=tile.tokens,
-        SPLITS=triton.next_power_of_2(tile.splits), AT_ONCE=16 // columns, BV=block, BM=columns,
-        num_warps=4 if columns == 1 else 8, **sizes,
+    block, groups = min(32 if batch <= 16 else 64, v), max(1, 8 // triton.next_power_of_2(batch))
+    finish_kernel[(heads, v // block, triton.cdiv(batch, columns // groups))](
+        mean, weight, kv_b, out, batch, tile.splits, NOPE=nope, V=v, SPLITS=triton.next_power_of_2(tile.splits),
+        AT_ONCE=64 // columns, BV=block, ROWS=columns, GROUPS=groups, num_warps=8, **sizes, **early,
     )  # fmt: skip
     return out

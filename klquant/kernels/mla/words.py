@@ -1,14 +1,16 @@
 """Two 8-bit codes of neighbouring latents in a 16-bit word, as exact 16-bit floats.
 
 Codes are read as words because a tensor of bytes before a product makes Triton choose slow operand layouts, and are
-unpacked two and two in a 32-bit register. E4M3 has its sign, four exponent bits with bias 7 and three of mantissa:
+unpacked two and two in a 32-bit register. INT8 codes go through floats that have integers in their low bits, as in
+`klquant.kernels.bricks`, but with their signs: BF16 has room for seven bits, and subtracts 128, or 256 where the eighth
+is set. E4M3 has its sign, four exponent bits with bias 7 and three of mantissa:
 shifted to where a 16-bit float has them it is the value times a power of two, subnormal numbers included.
 """
 
 import triton
 import triton.language as tl
 
-from klquant.kernels.bricks import _AND_OR, _constants, _twice, unpack
+from klquant.kernels.bricks import _AND_OR, _AND_XOR, _constants, _twice
 
 
 @triton.constexpr_function
@@ -18,8 +20,27 @@ def unit(format, dtype):
 
 
 @triton.constexpr_function
+def code_asm(format, field, bf16):
+    """PTX from two words ($1) to their codes of `field` ($0), FP8 ones divided by `unit`."""
+    return _int8_asm(field, bf16) if format == "int8" else _fp8_asm(field, bf16)
+
+
+@triton.constexpr_function
+def _int8_asm(field, bf16):
+    lines = ["shr.u32 a, $1, 8;" if field else "mov.b32 a, $1;"]
+    if bf16:
+        lines += [f"lop3.b32 b, a, {_twice(0x80)}, {_twice(0x4300)}, {_AND_OR};"]
+        lines += [f"lop3.b32 a, a, {_twice(0x7F)}, {_twice(0x4300)}, {_AND_OR};"]
+        lines += [f"fma.rn.bf16x2 $0, b, {_twice(0xBF80)}, a;"]
+    else:
+        lines += [f"lop3.b32 a, a, {_twice(0xFF)}, {_twice(0x6480)}, {_AND_XOR};"]
+        lines += [f"fma.rn.f16x2 $0, a, {_twice(0x3C00)}, {_twice(0xE480)};"]
+    return "{ .reg .b32 a, b; " + " ".join(_constants(lines)) + " }"
+
+
+@triton.constexpr_function
 def _fp8_asm(field, bf16):
-    """PTX from two words ($1) to two codes ($0). Field 1 is the high byte, where the sign is in place."""
+    """Field 1 is the high byte, where the sign is in place."""
     lines = ["mov.b32 a, $1;" if field else "shl.b32 a, $1, 8;"]
     lines += [f"shr.u32 b, a, {4 if bf16 else 1};", f"lop3.b32 b, b, {_twice(0x07F0 if bf16 else 0x3F80)}, 0, 0xC0;"]
     lines += [f"lop3.b32 {'a' if bf16 else '$0'}, a, {_twice(0x8000)}, b, {_AND_OR};"]
@@ -43,13 +64,12 @@ def latents(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr)
 @triton.jit
 def _codes(words, FIELD: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """The low (0) or high (1) bytes of int16 `words` in DTYPE, FP8 ones divided by `unit`."""
-    if FORMAT == "int8":
-        # `unpack` takes codes + 128.
-        return unpack(words ^ -32640, None, FIELD, 8, DTYPE, PTX).to(DTYPE)
-    elif PTX:
-        asm: tl.constexpr = _fp8_asm(FIELD, tl.bfloat16 == DTYPE)
+    if PTX:
+        asm: tl.constexpr = code_asm(FORMAT, FIELD, tl.bfloat16 == DTYPE)
         bits16 = tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
         return bits16.to(DTYPE, bitcast=True)
+    elif FORMAT == "int8":
+        return ((words << (8 - 8 * FIELD)) >> 8).to(tl.float32).to(DTYPE)
     else:
         byte = (words.to(tl.int32) >> (8 * FIELD)) & 0xFF
         bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from klquant.kernels.mla.pages import CODE_MAX, LatentPages
 from klquant.kernels.norm.reference import LATENT_EPS
@@ -27,9 +28,12 @@ def _encode(x, FORMAT: tl.constexpr):
 def write_latent_kernel(
     kv_a, kv_a_stride, weight, position, data, scale, eps,
     RANK: tl.constexpr, ROPE: tl.constexpr, CODE_MAX: tl.constexpr, FORMAT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program a token."""
     DTYPE: tl.constexpr = kv_a.dtype.element_ty
+    if EARLY:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     at = tl.load(position + token)
     if at >= 0:
@@ -52,12 +56,12 @@ def write_latent_kernel(
             tl.store(scale + at, step)
 
 
-def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position_T: Tensor) -> None:
-    """One launch."""
+def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position_T: Tensor, early: bool) -> None:
+    """One launch. early: the next one may start meanwhile, and wait (from sm90 on)."""
     rank = len(norm_weight)
     coded = pages.scale is not None
     write_latent_kernel[(len(kv_a),)](
         kv_a, kv_a.stride(0), norm_weight, position_T, pages.data.view(torch.int8) if coded else pages.data,
         pages.scale, LATENT_EPS, RANK=rank, ROPE=kv_a.shape[1] - rank, CODE_MAX=CODE_MAX.get(pages.data.dtype, 0.0),
-        FORMAT=pages.format, num_warps=4,
+        FORMAT=pages.format, EARLY=early, num_warps=4,
     )  # fmt: skip
