@@ -178,8 +178,9 @@ def _route_all(walk: LayerWalk, layer_wide: Moments | None) -> Inputs:
         pick = slice(-(start * length) % stride, None, stride)
         star = None
         if reference is not None:
-            star = other.norm(reference, other.exact.post_norm).flatten(0, 1)[pick].to(home)
-        return routes.to(home), x[pick].to(home), star
+            star = other.norm(reference, other.exact.post_norm).flatten(0, 1)[pick].contiguous().to(home)
+        # A view would keep all of the batch.
+        return routes.to(home), x[pick].contiguous().to(home), star
 
     routes, sample, stars = zip(*over_batches(walk, "routing", visit), strict=True)
     star = None if stars[0] is None else torch.cat(stars)
