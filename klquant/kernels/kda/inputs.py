@@ -13,12 +13,12 @@ KINDS = 5
 
 
 @triton.jit
-def _columns(rows, channel, COUNT: tl.constexpr):
+def columns(rows, channel, COUNT: tl.constexpr):
     """The COUNT values that each channel has in `rows` [channels, COUNT], as a tuple of [D]."""
-    columns = ()
+    found = ()
     for i in tl.static_range(COUNT):
-        columns = columns + (tl.load(rows + channel * COUNT + i),)  # noqa: RUF005 (Triton has no stars)
-    return columns
+        found = found + (tl.load(rows + channel * COUNT + i),)  # noqa: RUF005 (Triton has no stars)
+    return found
 
 
 @triton.jit
@@ -74,10 +74,10 @@ def kda_inputs_kernel(
             to = mid + (row * H + head) * (KINDS * D) + d
             # Everything is on its way before anything is waited for.
             if program % 2 == 0:
-                q_window = _columns(tail, channel, W - 1) + (tl.load(inputs + channel),)  # noqa: RUF005
-                k_window = _columns(tail, channel + F, W - 1) + (tl.load(inputs + channel + F),)  # noqa: RUF005
-                q_taps = _columns(taps, channel, W)
-                k_taps = _columns(taps, channel + F, W)
+                q_window = columns(tail, channel, W - 1) + (tl.load(inputs + channel),)  # noqa: RUF005
+                k_window = columns(tail, channel + F, W - 1) + (tl.load(inputs + channel + F),)  # noqa: RUF005
+                q_taps = columns(taps, channel, W)
+                k_taps = columns(taps, channel + F, W)
                 q = _mix(q_window, q_taps, W, DTYPE)
                 k = _mix(k_window, k_taps, W, DTYPE)
                 q = q / tl.sqrt(tl.sum(q * q, 0) + l2_eps) * D**-0.5
@@ -90,8 +90,8 @@ def kda_inputs_kernel(
                 _shift(tail, q_window, channel, W)
                 _shift(tail, k_window, channel + F, W)
             else:
-                v_window = _columns(tail, channel + 2 * F, W - 1) + (tl.load(inputs + channel + 2 * F),)  # noqa: RUF005
-                v_taps = _columns(taps, channel + 2 * F, W)
+                v_window = columns(tail, channel + 2 * F, W - 1) + (tl.load(inputs + channel + 2 * F),)  # noqa: RUF005
+                v_taps = columns(taps, channel + 2 * F, W)
                 tl.store(to + VALUE * D, _mix(v_window, v_taps, W, DTYPE))
                 tl.store(turn + row * H + head, 0)
                 tl.debug_barrier()

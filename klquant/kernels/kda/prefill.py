@@ -5,41 +5,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from klquant.kernels.kda.inputs import columns
 from klquant.kernels.norm.reference import L2_EPS
 
 POSITIONS = 32
 
 
 @triton.jit
-def _columns(rows, channel, COUNT: tl.constexpr):
-    """The COUNT values that each channel has in `rows` [channels, COUNT], as a tuple of [D]."""
-    columns = ()
-    for i in tl.static_range(COUNT):
-        columns = columns + (tl.load(rows + channel * COUNT + i),)  # noqa: RUF005 (Triton has no stars)
-    return columns
-
-
-@triton.jit
 def _rows(rows, channel, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """`_columns` in FP32 with one load a channel: every program needs the taps, only a head's first its tail."""
+    """`columns` in FP32 with one load a channel: every program needs the taps, only a head's first its tail."""
     j = tl.arange(0, BLOCK)[None, :]
     values = tl.load(rows + channel[:, None] * COUNT + j, mask=j < COUNT, other=0.0).to(tl.float32)
-    columns = ()
+    found = ()
     for i in tl.static_range(COUNT):
-        columns = columns + (tl.sum(tl.where(j == i, values, 0.0), 1),)  # noqa: RUF005
-    return columns
+        found = found + (tl.sum(tl.where(j == i, values, 0.0), 1),)  # noqa: RUF005
+    return found
 
 
 @triton.jit
 def _last(x, x_stride, tail, channel, count, W: tl.constexpr):
     """The last W − 1 inputs of `channel`, oldest first, as a tuple of [D]; those before the chunk are the tail's."""
-    columns = ()
+    found = ()
     for i in tl.static_range(W - 1):
         at = count - (W - 1) + i
         new = tl.load(x + tl.maximum(at, 0).to(tl.int64) * x_stride + channel, mask=(channel >= 0) & (at >= 0))
         old = tl.load(tail + channel * (W - 1) + at + (W - 1), mask=(channel >= 0) & (at < 0))
-        columns = columns + (tl.where(at >= 0, new, old),)  # noqa: RUF005
-    return columns
+        found = found + (tl.where(at >= 0, new, old),)  # noqa: RUF005
+    return found
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -69,7 +61,7 @@ def prefill_inputs_kernel(
     if tail is not None:  # noqa: SIM102 (one is known when compiling, the other is not)
         if tl.program_id(1) == 0:
             own = tail + tl.program_id(2).to(tl.int64) * (3 * H * D * (W - 1))
-            past = _columns(own, channel, W - 1)
+            past = columns(own, channel, W - 1)
             new = _last(x_rows, qkv_stride, own, channel, count, W)
             for i in tl.static_range(W - 1):
                 for j in tl.static_range(i, W - 1):
