@@ -10,8 +10,8 @@ def grow_segments() -> None:
     """Let the allocator extend the memory it has instead of asking for a new piece each time, unless the user set it.
 
     Work on a layer asks for pieces of many sizes, some of gigabytes, and in segments of fixed size what one has freed
-    fits the next one badly: on an H100 held to 24 GiB torch then reserved all of the 22.4 GiB it may for 131,072
-    tokens, and a KDA layer's attention took 1.8 s; with it eight times the tokens take 19.1 GiB and 5.6 s.
+    may fit the next one badly: on an H100 held to 24 GiB torch once had all of the 22.4 GiB it was allowed for 16.7 in
+    use. With growing segments it had 19.1 for 16.8; how much of that is theirs was not measured apart.
     """
     if not any(name in os.environ for name in VARIABLES):
         os.environ[VARIABLES[0]] = "expandable_segments:True"
