@@ -361,9 +361,9 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
 def tiles(batch: int) -> list[Tile]:
     """Those this card can run, the last also with half and twice the parts that `decode_tile` gives."""
     card = torch.cuda.get_device_properties(0)
-    kib = card.shared_memory_per_block_optin >> 10
-    splits = decode_tile(batch, 1 << 20, card.multi_processor_count, kib).splits
-    found = mla_tiles(splits, kib, card.major == 9)
+    hopper = card.major == 9
+    splits = decode_tile(batch, 1 << 20, card.multi_processor_count, staged=hopper).splits
+    found = mla_tiles(splits, hopper)
     return found + [replace(found[-1], splits=count) for count in {max(1, splits // 2), 2 * splits} - {splits}]
 
 

@@ -89,7 +89,7 @@ def mla_steps(
     pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
     q, kv_b = meta(batch, HEADS, NOPE + ROPE, dtype=dtype), meta(HEADS * (NOPE + V), RANK, dtype=dtype)
     table, length = meta(batch, 2048, dtype=torch.int32), meta(batch, dtype=torch.int32)
-    tile = tile or decode_tile(batch, 2048 * 64, 132, CARDS[card])
+    tile = tile or decode_tile(batch, 2048 * 64, 132, staged=card == 90)
     yield lambda: mla.mla_decode(q, kv_b, pages, table, length, 0.07, tile)
 
 
@@ -110,7 +110,7 @@ def test_what_starts_early(monkeypatch):
     for dtype in (torch.bfloat16, torch.float16):
         found += launches(monkeypatch, write_steps(dtype, True))
         for stored in STORED:
-            kinds = [tile for tile in tiles(132, CARDS[90], True) if tile.early]
+            kinds = tiles(132, True)
             found += launches(monkeypatch, *(mla_steps(dtype, 1, 90, stored, tile) for tile in kinds))
     found = dict.fromkeys(found)
     assert not problems((launch, 90) for launch in found)
@@ -133,10 +133,11 @@ def test_every_launch_on_every_card(card, dtype, monkeypatch, request):
 
 def test_parts_keep_a_card_busy():
     for processors in (68, 82, 128, 132):
-        assert decode_tile(1, 1 << 20, processors, 99).splits == processors
+        assert decode_tile(1, 1 << 20, processors).splits == processors
         for batch in range(1, processors + 1):
-            programs = batch * decode_tile(batch, 1 << 20, processors, 99).splits
+            programs = batch * decode_tile(batch, 1 << 20, processors).splits
             turns = -(-programs // processors)
             assert programs / (turns * processors) > 0.75
             assert turns <= 4
-    assert decode_tile(1, 100, 132, 227).splits == 2
+    assert decode_tile(1, 100, 132).splits == 4
+    assert decode_tile(1, 100, 132, staged=True).splits == 2

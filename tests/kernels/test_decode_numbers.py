@@ -117,8 +117,11 @@ def kda_case(heads: int, dim: int, rank: int, taps: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize(("heads", "dim", "rank", "taps"), [(3, 32, 16, 4), (1, 16, 32, 3)])
-def test_kda_decode(heads, dim, rank, taps, splits, dtype, monkeypatch):
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_kda_decode(heads, dim, rank, taps, splits, dtype, early, monkeypatch):
     """More rows than one program projects, the last of its eight; slots criss-cross, and some rows are padding."""
+    if early and torch.cuda.get_device_properties(0).major < 9:
+        pytest.skip("needs a card that starts launches early")
     monkeypatch.setattr(kda_triton, "BD", 16)
     w = kda_case(heads, dim, rank, taps, dtype)
     slots, slot = 12, torch.tensor([4, -1, 0, 2, 9, 10, 7, -1, 11], dtype=torch.int32)
@@ -136,7 +139,7 @@ def test_kda_decode(heads, dim, rank, taps, splits, dtype, monkeypatch):
         qkv, low = torch.randn(rows, 3 * heads * dim).to(dtype), torch.randn(rows, 2 * rank + heads + 3).to(dtype)
         qkv[slot < 0], low[slot < 0] = NAN, NAN
         low[:, 2 * rank + heads :] = NAN
-        tile = KDATile(splits, 4)
+        tile = KDATile(splits, 4, early)
         out = kda_triton.kda_decode(strided(qkv), strided(low), on_device, conv, s, slot_B, 1e-5, tile)
         want = kda_reference.kda_decode(qkv.double(), low.double(), exact, want_conv, want_s, slot, 1e-5)
         live = slot >= 0
@@ -206,7 +209,7 @@ def cached(lengths: list[int], latent: int, stored: torch.dtype, dtype: torch.dt
     return pages, table, torch.tensor(lengths, dtype=torch.int32)
 
 
-TILES = [Tile(16, 4, 3), Tile(32, 8, 5), Tile(64, 8, 1)]
+TILES = [Tile(16, 4, 3), Tile(32, 8, 5), Tile(32, 8, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -259,32 +262,44 @@ def check_mla_decode(stored: torch.dtype | None, dtype: torch.dtype, tile: Tile)
         assert not out[length[rows].to(DEVICE) == 0].any()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [5, 32])
-@pytest.mark.parametrize("splits", [1, 3, 132])
-def test_mla_decode_on_hopper(heads, splits, dtype):
-    """Kernels that the interpreter does not know: what starts early, and pages that are staged."""
-    nope, rope, v, rank = 32, 64, 32, 512
-    lengths = [1, 0, 63, 64, 65, 128, 129, 192 * splits + 1, 200, 2000]
+def check_on_a_card(heads: int, rank: int, dtype: torch.dtype, decode, tiles: list) -> None:
+    """Lengths around the borders of pages and parts, and one long one; the whole batch and one sequence."""
+    nope, rope, v = 32, 64, 32
+    lengths = [1, 0, 63, 64, 65, 128, 129, 577, 200, 2000]
     q = torch.randn(len(lengths), heads, nope + rope).to(dtype)
     kv_b = (torch.randn(heads * (nope + v), rank) / rank**0.5).to(dtype)
     for stored in FORMATS:
         pages, table, length = cached(lengths, rank + rope, stored or dtype, dtype)
-        kinds = [tile for tile in tiles(splits, 227, True) if tile.early or tile.staged]
         for rows in (slice(None), slice(7, 8)):
             args = q[rows], kv_b, pages, table[rows], length[rows]
             want = mla_reference.mla_decode(
                 *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), 0.1
             )
-            for tile in kinds:
+            for tile in tiles:
                 on = (a.to(DEVICE) if a is not pages else on_device(a) for a in args)
-                out = mla_triton.mla_decode(*on, 0.1, tile)
+                out = decode(*on, 0.1, *tile)
                 assert error(out, want) < 2 * LIMIT[dtype], (stored, tile)
                 assert not out[length[rows].to(DEVICE) == 0].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [5, 32])
+@pytest.mark.parametrize("splits", [1, 3, 132])
+def test_mla_decode_on_hopper(heads, splits, dtype):
+    """Kernels that the interpreter does not know: what starts early, and pages that are staged."""
+    if torch.cuda.get_device_properties(0).major != 9:
+        pytest.skip("needs a Hopper GPU")
+    check_on_a_card(heads, 512, dtype, mla_triton.mla_decode, [(tile,) for tile in tiles(splits, True)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [2, 16, 32])
+@pytest.mark.parametrize("rank", [64, 128, 256, 512])
+def test_mla_decode_as_a_card_does_it(rank, heads, dtype):
+    """Tensor cores take shapes that other tests are too small for."""
+    check_on_a_card(heads, rank, dtype, mla_dispatch.mla_decode, [()])
 
 
 def routing_case(tokens: int, experts: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

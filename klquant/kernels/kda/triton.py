@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from klquant.kernels.kda.inputs import DECAY, GATE, KINDS, VALUE, K, Q, kda_inputs_kernel
-from klquant.kernels.kda.tiles import Tile, decode_tile
+from klquant.kernels.kda.tiles import Tile
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.norm.reference import L2_EPS
 
@@ -91,11 +91,10 @@ def kda_state_kernel(
 
 def kda_decode(
     qkv: Tensor, low: Tensor, w: KDADecode, conv_pool: Tensor, s_pool: Tensor, slot_B: Tensor, eps: float,
-    tile: Tile | None = None,
+    tile: Tile,
 ) -> Tensor:  # fmt: skip
     """Two launches. D and R are powers of two."""
     (_, heads, dim, _), batch = s_pool.shape, len(qkv)
-    tile = tile or decode_tile(batch)
     width, rank, part = heads * dim, w.f_b.shape[1], min(BD, dim)
     out = torch.empty(batch, width, dtype=qkv.dtype, device=qkv.device)
     wide, mid, product = (

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from klquant.kernels.mla import reference
 from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
-from klquant.kernels.mla.tiles import decode_tile
+from klquant.kernels.mla.tiles import STAGED_RANK, decode_tile
 
 
 def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position_T: Tensor) -> None:
@@ -36,10 +36,8 @@ def mla_decode(
     from klquant.kernels.mla import triton
 
     card = torch.cuda.get_device_properties(q_BHK.device)
-    tile = decode_tile(
-        len(q_BHK), page_table_BM.shape[1] * PAGE_SIZE, card.multi_processor_count,
-        card.shared_memory_per_block_optin >> 10,
-    )  # fmt: skip
+    staged = card.major == 9 and kv_b.shape[1] >= STAGED_RANK
+    tile = decode_tile(len(q_BHK), page_table_BM.shape[1] * PAGE_SIZE, card.multi_processor_count, staged)
     return triton.mla_decode(q_BHK, kv_b, pages, page_table_BM, length_B, scale, tile)
 
 

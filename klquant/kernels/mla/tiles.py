@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-# With more shared memory a block than sm80 has, 64 latents at a time fit beside the queries; 32 fit everywhere.
-SM80_KIB = 163
 # A program has a multiprocessor to itself, all registers are in use. More parts than needed cost more adding up: they
 # must be finished sooner by more than a tenth.
 WORTH = 1.1
 MOST_TURNS = 4
+# `hopper` takes 64 latents at a time, of so many values and more. The Triton kernel takes 32: products of 64 would be
+# wgmma's, and ptxas 12.8, which Triton 3.6 and 3.7 bring along, puts wrong matrix descriptors into this kernel.
+STAGED_RANK = 512
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Tile:
 
     early: a launch starts while the one before it still works, and waits for its results only when it has asked for
         what else it reads (programmatic dependent launch, from sm90 on).
-    staged: `klquant.kernels.mla.hopper`, a page at a time.
+    staged: `klquant.kernels.mla.hopper`, a page at a time; Hopper only, latents of STAGED_RANK values and more.
     """
 
     tokens: int
@@ -30,19 +31,18 @@ class Tile:
         return f"{self.tokens}/{self.warps}/{self.splits}{kind}"
 
 
-def tiles(splits: int, shared_kib: int, hopper: bool) -> list[Tile]:
-    """What a benchmark compares on a card."""
-    if not hopper:
-        return [Tile(16, 4, splits), Tile(32, 8, splits)] + [Tile(64, 8, splits)] * (shared_kib > SM80_KIB)
-    kinds = [(early, staged) for staged in (False, True) for early in (False, True)]
-    return [Tile(64, 8, splits, early, staged) for early, staged in kinds]
+def tiles(splits: int, hopper: bool) -> list[Tile]:
+    """What a benchmark compares on a card, for latents of STAGED_RANK values and more."""
+    if hopper:
+        return [Tile(64, 8, splits, early, staged=True) for early in (False, True)]
+    return [Tile(16, 4, splits), Tile(32, 8, splits)]
 
 
-def decode_tile(batch: int, most_tokens: int, processors: int, shared_kib: int) -> Tile:
+def decode_tile(batch: int, most_tokens: int, processors: int, staged: bool = False) -> Tile:
     """Tile of `batch` sequences of up to `most_tokens` on a card of so many multiprocessors."""
-    tokens = 64 if shared_kib > SM80_KIB else 32
+    tokens = 64 if staged else 32
     counts = [max(1, turns * processors // batch) for turns in range(1, MOST_TURNS + 1)]
     # Turns that the multiprocessors really take, each of 1 / splits of a sequence.
     cost = [-(-batch * splits // processors) / splits for splits in counts]
     splits = next(s for s, turns in zip(counts, cost, strict=True) if turns <= WORTH * min(cost))
-    return Tile(tokens, 8, min(splits, -(-most_tokens // tokens)))
+    return Tile(tokens, 8, min(splits, -(-most_tokens // tokens)), early=staged, staged=staged)
