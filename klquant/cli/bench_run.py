@@ -10,7 +10,7 @@ from klquant.engine import bench
 from klquant.engine.bench import Cells, Decode, Prefill
 from klquant.engine.ceilings import RTX_4090, Ceilings, copy_rate, launch_seconds
 from klquant.engine.load import default_dtype, place
-from klquant.engine.placement import CONTEXT_STEP, Placement, longest_context
+from klquant.engine.placement import Placement
 from klquant.engine.runner import Runner
 from klquant.engine.sizes import Outline, held_sizes
 from klquant.engine.usage import Usage, measured_usage
@@ -84,14 +84,15 @@ def run(source, devices: dict[torch.device, int], cells: Cells, cache_bits: int,
 def _place(
     outline: Outline, devices: dict[torch.device, int], dtype: torch.dtype, cells: Cells, cache_bits: int
 ) -> Placement:
-    """Room for all cells, or else for as much cache as there can be."""
-    needs = {"context": cells.most_cached, "sequences": max((1, *cells.batch)), "cache_bits": cache_bits}
-    try:
-        return place(outline, devices, dtype, **needs)
-    except UserError:
-        sizes = held_sizes(outline, dtype)
-        most = longest_context(outline.config, sizes, devices, **needs, activation_bytes=dtype.itemsize)
-        return place(outline, devices, dtype, **needs | {"context": max(most, CONTEXT_STEP)})
+    """Room for the largest cell that fits, and so for all smaller ones. Not for all the cache there can be: the
+    embedding may have to leave the GPU for that, at the cost of each step of every cell."""
+    needs = {"sequences": max((1, *cells.batch)), "cache_bits": cache_bits}
+    for tokens in cells.caches:
+        try:
+            return place(outline, devices, dtype, context=tokens, **needs)
+        except UserError as error:
+            refusal = error
+    raise refusal
 
 
 def _device_name(device: torch.device) -> str:

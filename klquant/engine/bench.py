@@ -172,8 +172,15 @@ class Cells:
         return batch * pages_for(context + WARM_STEPS + self.steps) * PAGE_SIZE
 
     @property
+    def caches(self) -> list[int]:
+        """Tokens of cache that cells take, the most first."""
+        prompts = {pages_for(n + 1) * PAGE_SIZE for n in self.prefill}
+        decoded = {self.cached(b, c) for b in self.batch for c in self.context}
+        return sorted(prompts | decoded | {PAGE_SIZE}, reverse=True)
+
+    @property
     def most_cached(self) -> int:
-        return max([self.longest, *(self.cached(b, c) for b in self.batch for c in self.context)])
+        return self.caches[0]
 
     def within(self, config: KimiLinearConfig) -> "Cells":
         """Those that the model's own context allows; one that fills it is cut by the steps to be timed."""
