@@ -27,8 +27,9 @@ _TASKS = TaskOptions(())
               help="Windows a domain.")  # fmt: skip
 @click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, show_default=True,
               help="Tokens a window.")  # fmt: skip
-@click.option("--device", default=_DEFAULT.device, show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--dtype", type=click.Choice(get_args(DtypeName)), help="Arithmetic.  [default: float32 on a CPU]")
+@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option("--dtype", type=click.Choice(get_args(DtypeName)),
+              help="Arithmetic.  [default: bfloat16 on a GPU, float32 on a CPU]")  # fmt: skip
 @click.option("--floor", is_flag=True, help="Also measure what BF16 against FP32 arithmetic alone does.")
 @click.option("--store", type=click.Choice(get_args(StoreKind)),
               help="How the reference is kept: whole, or top tokens and samples.  [default: by size]")  # fmt: skip
@@ -48,7 +49,7 @@ _TASKS = TaskOptions(())
 @click.option("--json", "as_json", is_flag=True, help="Print the result instead of a table.")
 def command(
     model: str, against: str | None, method: BaselineMethod | None, recipe: str | None, data: tuple[str, ...],
-    windows: int, window: int, device: str, dtype: DtypeName | None, floor: bool, store: StoreKind | None,
+    windows: int, window: int, device: str | None, dtype: DtypeName | None, floor: bool, store: StoreKind | None,
     reference_cache: Path | None, tasks: str | None, task_limit: int | None, few_shot: int | None, task_seed: int,
     chat: bool, run_code: bool, out: Path, as_json: bool,
 ) -> None:  # fmt: skip

@@ -64,18 +64,16 @@ def command(
     if resume and (out / "klquant.json").exists():
         raise UserError(f"{out}: is finished already; `klquant verify {out}` tells whether it is whole")
 
-    import torch
-
     from klquant.checkpoint.hub import resolve_model
     from klquant.checkpoint.reader import CheckpointReader
-    from klquant.core.device import pick_devices
+    from klquant.core.device import default_device, pick_devices
     from klquant.pipeline.placement import Limits
     from klquant.pipeline.run import SHARD_BYTES, RunOptions, check_model
     from klquant.recipe.plan import make_plan
 
     options = RunOptions(
         calib=",".join(calib) or None,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device or default_device(),
         resume=resume,
         shard_bytes=max_shard_size or SHARD_BYTES,
         limits=Limits(gpu=max_gpu_memory, cpu=max_cpu_memory),

@@ -28,15 +28,16 @@ _DEFAULT = EvalOptions()
               help="Windows a domain.")  # fmt: skip
 @click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, show_default=True,
               help="Tokens a window.")  # fmt: skip
-@click.option("--device", default=_DEFAULT.device, show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--dtype", type=click.Choice(get_args(DtypeName)), help="Arithmetic.  [default: float32 on a CPU]")
+@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option("--dtype", type=click.Choice(get_args(DtypeName)),
+              help="Arithmetic.  [default: bfloat16 on a GPU, float32 on a CPU]")  # fmt: skip
 @click.option("--reference-cache", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where klquant eval keeps its reference pass.  [default: beside the result]")  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The result, a JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result instead of a table.")
 def command(
     model: str, recipe: str | None, quantized: Path | None, by: By, minutes: float | None, data: tuple[str, ...],
-    windows: int, window: int, device: str, dtype: DtypeName | None, reference_cache: Path | None, out: Path,
+    windows: int, window: int, device: str | None, dtype: DtypeName | None, reference_cache: Path | None, out: Path,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Measure what each class of tensors, or each layer, costs: the divergence from MODEL when only that is quantized.

@@ -65,7 +65,6 @@ def command(
     require_plots()
     chosen = [_with_calibration(recipe, calib_tokens, calib_window) for recipe in _recipes(recipes)]
     methods = _methods(baselines)
-    import torch
 
     from klquant.checkpoint.hub import resolve_model
     from klquant.checkpoint.reader import CheckpointReader
@@ -73,7 +72,7 @@ def command(
     from klquant.pipeline.run import RunOptions, check_model
     from klquant.recipe.plan import make_plan
 
-    where = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = pick_device(device)
     folder = resolve_model(model, weights=True)
     reader = CheckpointReader.open(folder)
     check_model(reader)

@@ -5,8 +5,14 @@ import torch
 from klquant.errors import UserError
 
 
-def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda` or `cuda:N`. Raises UserError when there is no such device."""
+def default_device() -> str:
+    """The GPU where there is one: nobody wants a 48B model evaluated on a CPU because an option was forgotten."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_device(name: str | None) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N`; None is `default_device()`. Raises UserError when there is no such device."""
+    name = default_device() if name is None else name
     if name == "cpu":
         return torch.device("cpu")
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.model.block import State, block, new_state
 from klquant.model.norm import rms_norm
-from klquant.model.weights import LayerWeights, Linear, WeightSource, linear
+from klquant.model.weights import LayerWeights, Linear, WeightSource, logits
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -28,7 +28,7 @@ class Head:
 
     def __call__(self, cfg: KimiLinearConfig, h_BSC: Tensor) -> Tensor:
         """Residual stream after the last layer → logits [B, S, V]."""
-        return linear(rms_norm(h_BSC, self.norm, cfg.rms_eps), self.proj)
+        return logits(rms_norm(h_BSC, self.norm, cfg.rms_eps), self.proj)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ class LinearOp(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def wide(self, x: Tensor) -> Tensor:
+        """The same in FP32 whatever x is, as it was summed."""
+        ...
+
 
 # A quantized weight in the engine is a LinearOp.
 Linear = Tensor | LinearOp
@@ -31,6 +35,12 @@ Linear = Tensor | LinearOp
 def linear(x: Tensor, w: Linear) -> Tensor:
     """x [..., K] → [..., N]."""
     return F.linear(x, w) if isinstance(w, Tensor) else w(x)
+
+
+def logits(x: Tensor, w: Linear) -> Tensor:
+    """`linear` without rounding its results where w is a LinearOp: in BF16 a logit of 20 has neighbours 0.125 away, and
+    likely tokens would tie."""
+    return F.linear(x, w) if isinstance(w, Tensor) else w.wide(x)
 
 
 class WeightSource(Protocol):

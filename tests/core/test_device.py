@@ -39,3 +39,10 @@ def test_a_card_is_refused_where_none_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=r"device cuda: 0 CUDA device\(s\) found here"):
         pick_device("cuda")
+
+
+@pytest.mark.parametrize(("there", "found"), [(True, "cuda"), (False, "cpu")])
+def test_a_gpu_is_taken_where_there_is_one(there, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(there))
+    assert str(pick_device(None)) == found

@@ -52,6 +52,16 @@ def test_linear(bits, group, symmetric, tile, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_logits_keep_fp32(bits, dtype):
+    w = random_weight((33, 384), bits, 128)
+    x = torch.randn(2, 3, 384).to(dtype)
+    y = dispatch.QuantLinear(dispatch.pack_weight(w).to(DEVICE)).wide(x.to(DEVICE))
+    assert y.dtype == torch.float32 and y.shape == (2, 3, 33)
+    assert error(y, x.double() @ exact(w).T) < (1e-5 if y.is_cuda else LIMIT[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", [NARROW, WIDE, (32, 8, 2, 1, 5)])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_plain_weight_beside(bits, tile, dtype):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import lcm
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -63,6 +64,16 @@ class QuantLinear:
         if not x.is_cuda:
             return reference.linear(x, self.weight)
         return apply_linear(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+    def wide(self, x: Tensor) -> Tensor:
+        """x [.., K] → [.., N] in FP32, by the kernel whatever the number of tokens."""
+        if not x.is_cuda:
+            return reference.linear(x, self.weight).float()
+        from klquant.kernels.linear.triton import linear
+
+        x_MK = pad_inputs(x.flatten(0, -2), self.weight)
+        y = torch.empty(len(x_MK), self.weight.n, dtype=torch.float32, device=x.device)
+        return linear(x_MK, self.weight, linear_tile(self.weight, len(x_MK), False), out=y).unflatten(0, x.shape[:-1])
 
     def parts(self, x_MK: Tensor) -> Tensor | Parts:
         """x [M, K] → [M, N]; or, where programs that share a row's inputs are faster, what each of them made."""
