@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from klquant.core.grid import Quantized
 from klquant.core.spec import WeightSpec
+from klquant.kernels.card import has_wgmma
 from klquant.kernels.linear.dispatch import QuantMLP, apply_linear
 from klquant.kernels.linear.layout import Packed, interleave, pack, split_rows, values
 from klquant.kernels.linear.tiles import Tile, linear_tile, make_tile
@@ -167,15 +169,16 @@ def expert_candidates(bits: int, tokens: int) -> list[tuple[Tile, ...]]:
     """Pairs of tiles worth trying for a layer of experts, the table's first: one is varied at a time."""
     w = expert_weights(bits)
     few = tokens <= FEW_TOKENS
-    table = few_tiles(w.gate_up, w.down, w.shared, TOP) if few else many_tiles(w.gate_up, w.down, tokens * TOP)
+    wgmma = has_wgmma(w.gate_up.words)
+    table = few_tiles(w.gate_up, w.down, w.shared, TOP) if few else many_tiles(w.gate_up, w.down, tokens * TOP, wgmma)
     most = 8 if few else table[0].tokens * 2
     kinds = [(rows, warps, split) for rows in (32, 64, 128) for warps in (1, 2, 4, 8) for split in {1, warps}]
     pairs = [table]
     for t in (t for t in (8, 16, 32, 64, 128) if most // 4 <= t <= most):
         for rows, warps, split in kinds:
-            for stages in (3, 5):
+            for stages, scaled in product((3, 5), {False, t >= 32}):
                 # The shared expert has 8 bits: whichever needs more shared memory says how many stages fit.
-                tiles = (make_tile(b, rows, t, warps, split, stages) for b in (bits, 8))
+                tiles = (make_tile(b, rows, t, warps, split, stages, scaled) for b in (bits, 8))
                 tile = min(tiles, key=lambda tile: tile.stages)
                 if few:
                     pairs += [(tile, table[1])] + [(table[0], tile)] * (split >= TOP)

@@ -5,8 +5,10 @@ A tile is BN rows of a weight times BM tokens, [BN, BM] FP32: the weight is the 
     summed at the end: as much of the weight is in flight as a GEMV needs, and the order of the sum is fixed.
   wide (SPLIT = 1): the warps share the rows; on Hopper the product is `wgmma` with the weight in registers.
 Codes enter the product as exact integers and the scale multiplies FP32 sums of a group: the only roundings are those of
-the activations and of FP32. Tokens are the minor side, 8 at least: a product with one token costs 8, and is still fewer
-instructions a weight than unpacking to FP32 for FMAs.
+the activations and of FP32. SCALED, for many tokens: a code is multiplied by its scale before the product, and rounded;
+nothing but the product itself then touches the sums.
+Tokens are the minor side, 8 at least: a product with one token costs 8, and is still fewer instructions a weight than
+unpacking to FP32 for FMAs.
 """
 
 import triton
@@ -101,6 +103,21 @@ def unpack(words, high, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.const
 
 
 @triton.jit
+def _times(codes, scale, PTX: tl.constexpr):
+    """codes · scale [BN, 1], two at a time, rounded to the codes' dtype."""
+    if PTX:
+        wide = tl.broadcast_to(scale.to(codes.dtype), codes.shape)
+        # Before sm90 there is no product of two BF16 pairs, only a sum of it and something: −0.
+        asm: tl.constexpr = (
+            "{ .reg .b32 c; mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, $1, $2, c; }" if codes.dtype == tl.bfloat16
+            else "mul.rn.f16x2 $0, $1, $2;"
+        )  # fmt: skip
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [codes, wide], dtype=codes.dtype, is_pure=True, pack=2)
+    else:
+        return codes * scale
+
+
+@triton.jit
 def _dot(codes, x, x_mask, acc, PTX: tl.constexpr):
     inputs = tl.load(x, mask=x_mask, other=0.0)
     return tl.dot(codes, inputs, acc) if PTX else tl.dot(codes, inputs.to(tl.float32), acc)
@@ -121,7 +138,7 @@ def _load_scale(scale, at):
 @triton.jit
 def accumulate(
     acc, x, x_mask, words, high, mask, scale, zero, scale_at, brick,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """acc [.., BN, BM] plus one brick of inputs.
 
@@ -149,13 +166,15 @@ def accumulate(
             else:
                 group = brick // (GROUP // INPUTS)
             s = _load_scale(scale, scale_at + group * ROWS)
-            total = tl.zeros_like(acc)
+            total = acc if SCALED else tl.zeros_like(acc)
             for chunk in tl.static_range(CHUNKS):
                 codes = unpack(w, hi, part * CHUNKS + chunk, BITS, DTYPE, PTX)
                 if zero is not None:
                     codes = codes - tl.expand_dims(tl.load(zero + scale_at + group * ROWS).to(codes.dtype), -1)
+                if SCALED:
+                    codes = _times(codes, tl.expand_dims(s, -1), PTX)
                 total = _dot(codes, x + (part * CHUNKS + chunk) * CHUNK, x_mask, total, PTX)
-            acc += total * tl.expand_dims(s, -1)
+            acc = total if SCALED else acc + total * tl.expand_dims(s, -1)
     return acc
 
 
@@ -163,7 +182,7 @@ def accumulate(
 def tile_product(
     x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
     BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    SCALED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """[BN, BM] FP32: rows first_row … (a multiple of 16) of a weight times BM token rows, bricks start … stop − 1.
 
@@ -182,7 +201,7 @@ def tile_product(
             at = w_at + brick * BRICK
             acc = accumulate(
                 acc, x_at + brick * INPUTS, tokens[None, :], words + at, high + at if BITS == 3 else None, None,
-                scale, zero, group_row, brick, BITS, GROUP, PTX,
+                scale, zero, group_row, brick, BITS, GROUP, SCALED, PTX,
             )  # fmt: skip
         return acc
     else:
@@ -218,6 +237,6 @@ def split_product(
         parts = accumulate(
             parts, x_at + first * INPUTS, tokens[None, None, :] & lives[:, None, None], words + at,
             high + at if BITS == 3 else None, lives[:, None, None], scale, zero, group_row[None, :], inside,
-            BITS, GROUP, PTX,
+            BITS, GROUP, False, PTX,
         )  # fmt: skip
     return parts

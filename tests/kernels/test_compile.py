@@ -12,6 +12,7 @@ import torch
 
 from klquant.kernels.linear.dispatch import QuantMLP, apply_linear, pack_mlp, pack_weight
 from klquant.kernels.linear.tiles import linear_tile
+from klquant.kernels.moe import dispatch as moe_dispatch
 from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
 from tests.kernels.launches import CARDS, Launch, compile_for, meta_weight, record
 from tests.triton_interpreter import interpreting, needs_triton
@@ -19,7 +20,7 @@ from tests.triton_interpreter import interpreting, needs_triton
 pytestmark = [needs_triton, pytest.mark.skipif(interpreting, reason="this process interprets kernels")]
 HIDDEN, INNER, EXPERTS, TOP = 2304, 1024, 256, 8
 # One token count for each row of the tables in tiles.py.
-LINEAR_TOKENS = (1, 16, 32, 128, 4096)
+LINEAR_TOKENS = (1, 16, 32, 128, 256, 4096)
 EXPERT_TOKENS = (1, 16, 256, 1024, 4096, 16384)
 
 
@@ -81,6 +82,13 @@ def problems(pairs: Iterable[tuple[Launch, int]]) -> list[str]:
 def test_the_int4_recipe(monkeypatch):
     groups = linear(8), linear_beside(), experts(4, 8), router()
     assert not problems(zip(launches(monkeypatch, *groups), cycle(CARDS), strict=False))
+
+
+def test_experts_on_hopper(monkeypatch):
+    monkeypatch.setattr(moe_dispatch, "has_wgmma", lambda x: True)
+    found = launches(monkeypatch, experts(4, 8), experts(3, 8, 32))
+    most = [launch for launch in found if dict(launch.constants).get("SCALED")]
+    assert most and not problems((launch, 90) for launch in most)
 
 
 @pytest.mark.parametrize(

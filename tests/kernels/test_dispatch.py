@@ -49,10 +49,11 @@ def test_tiles_divide_the_rows_and_fit_small_cards(bits, group):
             assert n % tile.rows == 0
             assert tile.tokens == 8 or tile.tokens < 2 * tokens
             assert tile.stages >= 2
-            assert make_tile(bits, tile.rows, tile.tokens, tile.warps, tile.split, tile.stages) == tile
+            assert make_tile(bits, tile.rows, tile.tokens, tile.warps, tile.split, tile.stages, tile.scaled) == tile
     shapes = ((1024, 2304), (1024, 2304), (2304, 1024))
     w = QuantExperts.of(*(meta_weight((256, *s), bits, group) for s in shapes), None)
     for tokens in (9, 64, 1024, 4096, 65536):
-        first, second = many_tiles(w.gate_up, w.down, tokens * 8)
-        assert first.tokens == second.tokens
+        for wgmma in (False, True):
+            first, second = many_tiles(w.gate_up, w.down, tokens * 8, wgmma)
+            assert first.tokens == second.tokens
     assert few_tiles(w.gate_up, w.down, None, 8)[0].tokens == 8

@@ -15,7 +15,7 @@ if can_run:
     from klquant.kernels.moe import grouping, reference, router
     from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
 
-NARROW, WIDE = (32, 8, 8, 8, 2), (64, 16, 4, 1, 2)
+NARROW, WIDE, SCALED = (32, 8, 8, 8, 2), (64, 16, 4, 1, 2), (64, 16, 4, 1, 2, True)
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -38,7 +38,7 @@ def silu_mul(x, gate, up):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [NARROW, WIDE])
+@pytest.mark.parametrize("tile", [NARROW, WIDE, SCALED])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize("bits", [3, 4, 8])

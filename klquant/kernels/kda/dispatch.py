@@ -1,8 +1,8 @@
 """KDA between its projections as the engine sees it: Triton on a CUDA device, plain torch elsewhere."""
 
-import torch
 from torch import Tensor
 
+from klquant.kernels.card import starts_early
 from klquant.kernels.kda import reference
 from klquant.kernels.kda.tiles import decode_tile
 from klquant.kernels.kda.weights import KDADecode
@@ -21,8 +21,8 @@ def kda_decode(
         return reference.kda_decode(qkv, low, w, conv_pool, s_pool, slot_B, eps)
     from klquant.kernels.kda import triton
 
-    early = torch.cuda.get_device_properties(qkv.device).major >= 9
-    return triton.kda_decode(qkv, low, w, conv_pool, s_pool, slot_B, eps, decode_tile(len(qkv), early))
+    tile = decode_tile(len(qkv), starts_early(qkv))
+    return triton.kda_decode(qkv, low, w, conv_pool, s_pool, slot_B, eps, tile)
 
 
 def prefill_inputs(

@@ -10,7 +10,7 @@ from torch import Tensor
 from klquant.core.grid import Quantized
 from klquant.kernels.linear import reference
 from klquant.kernels.linear.layout import ROW_MULTIPLE, Packed, interleave, pack, pack_plain
-from klquant.kernels.linear.tiles import linear_tile, tile_parts
+from klquant.kernels.linear.tiles import linear_tile, parts_tile
 from klquant.kernels.norm.parts import Parts
 
 # From so many tokens on, unpacking a weight costs less than what torch's product gains on unpacked ones.
@@ -78,12 +78,12 @@ class QuantLinear:
     def parts(self, x_MK: Tensor) -> Tensor | Parts:
         """x [M, K] → [M, N]; or, where programs that share a row's inputs are faster, what each of them made."""
         w = self.weight
-        parts = tile_parts(w, len(x_MK)) if x_MK.is_cuda else 1
+        tile, parts = parts_tile(w, len(x_MK)) if x_MK.is_cuda else (None, 1)
         if parts == 1:
             return self(x_MK)
         from klquant.kernels.linear.triton import linear_in_parts
 
-        return linear_in_parts(pad_inputs(x_MK, w), w, linear_tile(w, len(x_MK), False), parts)
+        return linear_in_parts(pad_inputs(x_MK, w), w, tile, parts)
 
     def beside(self, x_MK: Tensor, plain_NK: Tensor) -> tuple[Tensor, Tensor]:
         """x [M, K] → its products with this weight and with a small contiguous one in x's dtype.

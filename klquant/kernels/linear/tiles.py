@@ -11,13 +11,18 @@ SHARED_BYTES = 96 * 1024
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows` outputs × `tokens`, by `warps` warps; `split` > 1: bricks of one row shared among that many warps."""
+    """`rows` outputs × `tokens`, by `warps` warps.
+
+    split > 1: bricks of one row shared among that many warps; scaled: codes are multiplied by their scales before the
+    product, which rounds them.
+    """
 
     rows: int
     tokens: int
     warps: int
     split: int
     stages: int
+    scaled: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -26,12 +31,12 @@ class Tile:
         return sizes | {"num_warps": self.warps}
 
 
-def make_tile(bits: int, rows: int, tokens: int, warps: int, split: int, stages: int) -> Tile:
+def make_tile(bits: int, rows: int, tokens: int, warps: int, split: int, stages: int, scaled: bool = False) -> Tile:
     """A tile with `stages` pipeline stages, or as many as shared memory holds."""
     weight = rows * CHUNK * (3 if bits == 3 else 2)
     stage = split * (weight + brick_inputs(bits) * tokens * 2)
     # The stage that is multiplied takes no buffer of its own, except, on Hopper, for the inputs that wgmma reads.
-    return Tile(rows, tokens, warps, split, max(2, min(stages, 1 + SHARED_BYTES // stage)))
+    return Tile(rows, tokens, warps, split, max(2, min(stages, 1 + SHARED_BYTES // stage)), scaled)
 
 
 def most_tokens(w: Packed, split: int) -> int:
@@ -58,13 +63,20 @@ def linear_tile(w: Packed, tokens: int, gated: bool) -> Tile:
         if rows >= 8192:
             return make_tile(w.bits, 64, few, warps=4, split=1, stages=4)
         return make_tile(w.bits, 32, few, warps=4, split=4, stages=4)
-    if tokens <= 128 or most_tokens(w, 1) == 32:
-        if rows < 8192:
-            return make_tile(w.bits, 32, min(32, most_tokens(w, 4)), warps=4, split=4, stages=3)
-        return make_tile(w.bits, 64, min(64, most_tokens(w, 1)), warps=4, split=1, stages=4)
-    return make_tile(w.bits, 128 if w.row_bricks % 8 == 0 else 64, most_tokens(w, 1), warps=8, split=1, stages=4)
+    most = most_tokens(w, 1)
+    if tokens <= 128 or most == 32:
+        return make_tile(w.bits, 64, min(64, most), warps=4, split=1, stages=4)
+    if rows < 8192 or w.row_bricks % 8:
+        return make_tile(w.bits, 64, most, warps=4, split=1, stages=3)
+    return make_tile(w.bits, 128, min(64, most), warps=4, split=1, stages=4, scaled=w.bits < 16)
 
 
-def tile_parts(w: Packed, tokens: int) -> int:
-    """Programs that share the inputs of a tile: two for few tokens where rows are few and long, or most would wait."""
-    return 2 if tokens <= 8 and w.row_bricks * 16 < 4608 and w.bricks >= 32 else 1
+def parts_tile(w: Packed, tokens: int) -> tuple[Tile, int]:
+    """A tile, and how many programs share its inputs: several where rows are few and long, or most processors would
+    have nothing to do. Their sums are added up later."""
+    if w.row_bricks * 16 >= 4608 or w.bricks < 32:
+        return linear_tile(w, tokens, False), 1
+    if tokens <= 16:
+        return linear_tile(w, tokens, False), 2 if tokens <= 8 else 1
+    tile = make_tile(w.bits, 64, min(32 if tokens <= 32 else 64, most_tokens(w, 1)), warps=4, split=1, stages=4)
+    return tile, 4 if tokens <= 32 else 3 if tokens <= 64 else 2 if tokens <= 128 else 1

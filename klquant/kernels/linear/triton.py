@@ -51,7 +51,7 @@ def linear_kernel(
     x, x_stride, words, high, scale, zero, y, y_stride, part_stride, tokens, rows, bricks, groups,
     beside, beside_y, beside_rows, beside_width, beside_tiles,
     BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, BESIDE_BN: tl.constexpr,
+    SPLIT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, BESIDE_BN: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, rows], and beside_y [tokens, beside_rows] if there is another weight.
 
@@ -72,7 +72,7 @@ def linear_kernel(
         acc = tile_product(
             x + m.to(tl.int64) * x_stride, exists, words, high, scale, zero, tile * BN, bricks, groups,
             part * each, tl.minimum(part * each + each, bricks),
-            BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+            BITS, GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX,
         )  # fmt: skip
         if GATED:
             acc = gated(acc)
@@ -88,7 +88,8 @@ def linear(x_MK: Tensor, w: Packed, tile: Tile, *, gated: bool = False, out: Ten
     grid = (w.row_bricks * 16 // tile.rows, triton.cdiv(m, tile.tokens))
     linear_kernel[grid](
         x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), 0, m, rows, w.bricks, w.groups, None, None, 0, 0, 0,
-        BITS=w.bits, GROUP=w.group, GATED=gated, PTX=PTX, BESIDE_BN=0, **tile.options,
+        BITS=w.bits, GROUP=w.group, GATED=gated, SCALED=tile.scaled, PTX=PTX, BESIDE_BN=0,
+        **tile.options,
     )  # fmt: skip
     return y
 
@@ -99,7 +100,8 @@ def linear_in_parts(x_MK: Tensor, w: Packed, tile: Tile, parts: int) -> Parts:
     grid = (w.row_bricks * 16 // tile.rows, triton.cdiv(x_MK.shape[0], tile.tokens), parts)
     linear_kernel[grid](
         x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), y.stride(1), x_MK.shape[0], w.n, w.bricks, w.groups,
-        None, None, 0, 0, 0, BITS=w.bits, GROUP=w.group, GATED=False, PTX=PTX, BESIDE_BN=0, **tile.options,
+        None, None, 0, 0, 0, BITS=w.bits, GROUP=w.group, GATED=False, SCALED=tile.scaled, PTX=PTX,
+        BESIDE_BN=0, **tile.options,
     )  # fmt: skip
     return Parts(y)
 
@@ -114,7 +116,8 @@ def linear_beside(x_MK: Tensor, w: Packed, tile: Tile, plain_NK: Tensor) -> tupl
     grid = (tiles + w.row_bricks * 16 // tile.rows, triton.cdiv(m, tile.tokens))
     linear_kernel[grid](
         x_MK, x_MK.stride(0), *w.tensors, y, y.stride(0), 0, m, w.n, w.bricks, w.groups, plain_NK, beside_y, rows,
-        width, tiles, BITS=w.bits, GROUP=w.group, GATED=False, PTX=PTX, BESIDE_BN=beside_rows, **tile.options,
+        width, tiles, BITS=w.bits, GROUP=w.group, GATED=False, SCALED=tile.scaled, PTX=PTX,
+        BESIDE_BN=beside_rows, **tile.options,
     )  # fmt: skip
     return y, beside_y
 

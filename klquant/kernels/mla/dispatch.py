@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from klquant.kernels.card import has_wgmma, starts_early
 from klquant.kernels.mla import reference
 from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
 from klquant.kernels.mla.tiles import STAGED_RANK, decode_tile
@@ -18,8 +19,7 @@ def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position
         return reference.write_latent(kv_a, norm_weight, pages, position_T)
     from klquant.kernels.mla import write
 
-    early = torch.cuda.get_device_properties(kv_a.device).major >= 9
-    return write.write_latent(kv_a, norm_weight, pages, position_T, early)
+    return write.write_latent(kv_a, norm_weight, pages, position_T, starts_early(kv_a))
 
 
 def mla_decode(
@@ -35,9 +35,9 @@ def mla_decode(
         return reference.mla_decode(q_BHK, kv_b, pages, page_table_BM, length_B, scale)
     from klquant.kernels.mla import triton
 
-    card = torch.cuda.get_device_properties(q_BHK.device)
-    staged = card.major == 9 and kv_b.shape[1] >= STAGED_RANK
-    tile = decode_tile(len(q_BHK), page_table_BM.shape[1] * PAGE_SIZE, card.multi_processor_count, staged)
+    processors = torch.cuda.get_device_properties(q_BHK.device).multi_processor_count
+    staged = has_wgmma(q_BHK) and kv_b.shape[1] >= STAGED_RANK
+    tile = decode_tile(len(q_BHK), page_table_BM.shape[1] * PAGE_SIZE, processors, staged)
     return triton.mla_decode(q_BHK, kv_b, pages, page_table_BM, length_B, scale, tile)
 
 

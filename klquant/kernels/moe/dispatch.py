@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from klquant.kernels.card import has_wgmma
 from klquant.kernels.linear.dispatch import QuantMLP, Weight, apply_linear, pack_mlp, pad_inputs
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.moe import reference
@@ -62,7 +63,7 @@ def expert_parts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Te
         tiles = few_tiles(w.gate_up, w.down, w.shared, expert_TR.shape[1])
         x_TC = pad_inputs(x_TC, widest)
         return few_tokens(x_TC, weight_TR, expert_TR, w.gate_up, w.down, *(shared or (None, None)), *tiles)
-    tiles = many_tiles(w.gate_up, w.down, expert_TR.numel())
+    tiles = many_tiles(w.gate_up, w.down, expert_TR.numel(), has_wgmma(x_TC))
     apart = None
     if shared and not shares_launch(w.shared, tiles):
         shared, apart = None, apply_linear(apply_linear(x_TC, shared[0], gated=True), shared[1])

@@ -50,22 +50,22 @@ def few_tiles(gate_up: Packed, down: Packed, shared: QuantMLP | None, top: int) 
     )
 
 
-def many_tiles(gate_up: Packed, down: Packed, routes: int) -> tuple[Tile, Tile]:
+def many_tiles(gate_up: Packed, down: Packed, routes: int, wgmma: bool) -> tuple[Tile, Tile]:
     """Tiles of the two grouped kernels, for as many tokens as an expert gets on average. Both have as many tokens."""
     share, both = routes // gate_up.experts, (gate_up, down)
-    rows, wanted, warps, stages = (
-        (64, 8, 2, 3) if share <= 4 else
-        (64, 16, 4, 3) if share <= 8 else
-        (128, 32, 4, 4) if share <= 48 else
-        (128, 64, 4, 3) if share <= 512 else
-        (128, 128, 8, 3)
+    rows, wanted, warps, stages, scaled = (
+        (64, 8, 2, 3, False) if share <= 4 else
+        (64, 16, 4, 3, False) if share <= 8 else
+        (128, 32, 4, 4, False) if share <= 48 else
+        (128, 64, 4, 3, False) if share <= (96 if wgmma else 512) else
+        (128, 128, 4 if wgmma else 8, 3, True)
     )  # fmt: skip
-    most = min(most_tokens(w, 1) for w in both)
+    most = 128 if scaled else min(most_tokens(w, 1) for w in both)
     tokens = min(wanted, most)
     if tokens == 64 and most < 128:
         warps = 8  # several scales a brick: more sums to hold
     rows = min(rows, *(64 if w.row_bricks % 8 else 128 for w in both))
-    return tuple(make_tile(w.bits, rows, tokens, warps, 1, stages) for w in both)
+    return tuple(make_tile(w.bits, rows, tokens, warps, 1, stages, scaled and w.bits < 16) for w in both)
 
 
 def _tile(rows: int, tokens: int, warps: int, split: int, stages: int, *weights: Packed | None) -> Tile:

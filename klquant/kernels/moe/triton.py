@@ -40,7 +40,8 @@ def route_gate_up_kernel(
         if SHARED_BITS > 0:
             acc = tile_product(
                 x + m * x_stride, m < tokens, shared_words, shared_high, shared_scale, shared_zero, program * BN,
-                shared_bricks, shared_groups, 0, shared_bricks, SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
+                shared_bricks, shared_groups, 0, shared_bricks, SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, False, STAGES,
+                PTX,
             )  # fmt: skip
             at = m[None, :] * shared_inner + (program * (BN // 2) + n)[:, None]
             tl.store(shared_h + at, gated(acc).to(h.dtype.element_ty), mask=(m < tokens)[None, :])
@@ -55,7 +56,7 @@ def route_gate_up_kernel(
             x + (route // top) * x_stride + tl.zeros([BM], tl.int32), m < 1, words + w,
             high + w if high is not None else None, scale + s if scale is not None else None,
             zero + s if zero is not None else None, tile * BN, bricks,
-            groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+            groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, False, STAGES, PTX,
         )  # fmt: skip
         at = route * inner + tile * (BN // 2) + n[:, None] + m[None, :]
         tl.store(h + at, gated(acc).to(h.dtype.element_ty), mask=(m < 1)[None, :])
@@ -100,7 +101,8 @@ def route_down_kernel(
             at = w_at + (inside * BRICK)[:, None, None]
             parts = accumulate(
                 parts, x_at + (inside * INPUTS)[:, None, None], (m < 1)[None, None, :] & lives, words + at,
-                high + at if BITS == 3 else None, lives, scale, zero, scale_at, inside[:, None], BITS, GROUP, PTX,
+                high + at if BITS == 3 else None, lives, scale, zero, scale_at, inside[:, None], BITS, GROUP, False,
+                PTX,
             )  # fmt: skip
         parts *= factor[:, None, None]
     else:
@@ -122,7 +124,8 @@ def grouped_kernel(
     shared_x, shared_x_stride, shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups,
     shared_y, shared_rows, tokens, shared_tiles,
     BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr, GATED: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """GATED: x by token → y = silu(gate) · up by sorted route. Else: x by sorted route → y = weight · down by route.
 
@@ -139,7 +142,7 @@ def grouped_kernel(
             acc = tile_product(
                 shared_x + m.to(tl.int64) * shared_x_stride, exists, shared_words, shared_high, shared_scale,
                 shared_zero, first_row, shared_bricks, shared_groups, 0, shared_bricks,
-                SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
+                SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX,
             )  # fmt: skip
             if GATED:
                 acc = gated(acc)
@@ -154,12 +157,14 @@ def grouped_kernel(
             if BM >= 64 and last - first <= BM // 2:
                 _routes(
                     x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
-                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 2, SPLIT, STAGES, PTX,
+                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 2, SPLIT, SCALED,
+                    STAGES, PTX,
                 )  # fmt: skip
             else:
                 _routes(
                     x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
-                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM, SPLIT, STAGES, PTX,
+                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM, SPLIT, SCALED,
+                    STAGES, PTX,
                 )  # fmt: skip
 
 
@@ -168,7 +173,7 @@ def _routes(
     x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride, y,
     rows, top,
     BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    SPLIT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """A tile of `grouped_kernel`: sorted routes [first, last), all of expert e."""
     m = first + tl.arange(0, BM)
@@ -178,7 +183,7 @@ def _routes(
     acc = tile_product(
         x + source.to(tl.int64) * x_stride, exists, words + w, high + w if high is not None else None,
         scale + s if scale is not None else None, zero + s if zero is not None else None,
-        tl.program_id(0) * BN, bricks, groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
+        tl.program_id(0) * BN, bricks, groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX,
     )  # fmt: skip
     if GATED:
         acc = gated(acc)
@@ -265,7 +270,8 @@ def many_tokens(
             x, x.stride(0), order, tiles, weight_TR, *w.tensors, w.bricks, w.groups, *_strides(w), y, rows, top,
             shared_x, 0 if shared_x is None else shared_x.stride(0), *_shared(beside), shared_y, shared_rows, tokens,
             shared_tiles,
-            BITS=w.bits, GROUP=w.group, **_shared_format(beside), GATED=gated, PTX=PTX, **tile.options,
+            BITS=w.bits, GROUP=w.group, **_shared_format(beside), GATED=gated, SCALED=tile.scaled,
+            PTX=PTX, **tile.options,
         )  # fmt: skip
         return y, shared_y
 
