@@ -20,7 +20,7 @@ from tests.triton_interpreter import interpreting, needs_triton
 pytestmark = [needs_triton, pytest.mark.skipif(interpreting, reason="this process interprets kernels")]
 HIDDEN, INNER, EXPERTS, TOP = 2304, 1024, 256, 8
 # One token count for each row of the tables in tiles.py.
-LINEAR_TOKENS = (1, 16, 32, 128, 256, 4096)
+LINEAR_TOKENS = (1, 16, 32, 64, 128, 256, 4096)
 EXPERT_TOKENS = (1, 16, 256, 1024, 4096, 16384)
 
 

@@ -64,6 +64,8 @@ def linear_tile(w: Packed, tokens: int, gated: bool) -> Tile:
             return make_tile(w.bits, 64, few, warps=4, split=1, stages=4)
         return make_tile(w.bits, 32, few, warps=4, split=4, stages=4)
     most = most_tokens(w, 1)
+    if tokens <= 64 and rows < 4608:
+        return make_tile(w.bits, 32, min(32, most_tokens(w, 4)), warps=4, split=4, stages=3)
     if tokens <= 128 or most == 32:
         return make_tile(w.bits, 64, min(64, most), warps=4, split=1, stages=4)
     if rows < 8192 or w.row_bricks % 8:
