@@ -17,8 +17,10 @@ from klquant.quantize.factor import cholesky, inverse_factor, upper_factor
 from klquant.quantize.hessian import Moments
 
 CHECKED = 16  # experts compared
+ALONE = 4  # experts that the plain column loop takes one after the other, as tools do that know no experts
 SPEC = WeightSpec(bits=4, group_size=128)
 GROUPED_TOKENS, GROUPED_EXPERTS = 65536, 128
+SWEEP = "sweep, factor included"
 
 
 def compare(experts: int, n: int, k: int, gen: torch.Generator) -> str:
@@ -37,6 +39,11 @@ def compare(experts: int, n: int, k: int, gen: torch.Generator) -> str:
             slow, slow_bytes = measure(run, repeat=1)
         sizes = f"{fast_bytes / 1e9:>13.2f}{slow_bytes / 1e9:>11.2f}"
         lines.append(f"{name:<34}{fast:>10.4f}{slow:>10.4f}{slow / fast:>8.1f}{sizes}")
+        if name == SWEEP:
+            with kernels.plain():
+                alone = sum(measure(_stages(w[e : e + 1], h[e : e + 1])[SWEEP], 1)[0] for e in range(ALONE))
+            alone *= experts / ALONE
+            lines.append(f"{f'  one by one, from {ALONE} of them':<34}{fast:>10.4f}{alone:>10.4f}{alone / fast:>8.1f}")
     few = h[:CHECKED]
     for name, ours, other in (
         (f"Cholesky of {CHECKED}: panels, library", cholesky, torch.linalg.cholesky_ex),
@@ -92,7 +99,7 @@ def _stages(w, h) -> dict[str, Callable]:
     q = Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC)[0], scale, zero)
     return {
         "scale search": lambda: rtn.fit_scales(w, SPEC, importance_K=diagonal),
-        "sweep, factor included": lambda: stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC),
+        SWEEP: lambda: stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC),
         "refit of scales": lambda: stages.refit_scales(w, h, q),
         "descent, one round": lambda: stages.descend(w, h, q),
         "gptq, three rounds": lambda: stages.gptq(w, h, SPEC),
