@@ -20,9 +20,11 @@ Value = TypeVar("Value")
 # (walk on a device, first window, quantized stream, reference stream, sums to add to) → whatever the caller collects.
 Visit = Callable[["LayerWalk", int, Tensor, Tensor | None, Moments | None], Value]
 
-# Kinds of device on which a batch is summed by itself and then added to the sums before it, in order of batch: the same
-# additions whoever did the batch. A CPU, of which there is one, adds as it goes.
+# Kinds of device on which a group of batches is summed by itself and then added to the groups before it, in order: the
+# same additions whoever did the group. A CPU, of which there is one, adds as it goes.
 SPLIT = {"cuda"}
+# Batches of a group: sums are a few hundred megabytes to bring to another card, and a few groups are enough to share.
+GROUP = 4
 
 
 def over_batches(
@@ -30,31 +32,40 @@ def over_batches(
 ) -> list[Value]:
     """`visit` every batch; what it returned, in order of batch, each on the device that took it.
 
-    Devices take batches in turn, the i-th of n always those whose number is i modulo n.
+    Devices take groups of batches in turn, the i-th of n always those whose number is i modulo n.
     """
     settings, quantized = walk.settings, walk.streams.quantized
     sources = [quantized, walk.streams.reference if reference else None]
     starts = range(0, len(quantized), settings.batch)
+    groups = [starts[i : i + GROUP] for i in range(0, len(starts), GROUP)]
     split = settings.device.type in SPLIT
-    devices = settings.devices[: len(starts)] if split else (settings.device,)
+    devices = settings.devices[: len(groups)] if split else (settings.device,)
     walks = [walk, *(walk.on(device) for device in devices[1:])]
-    feeds = [feed(sources, starts[i :: len(devices)], settings.batch, d) for i, d in enumerate(devices)]
+    feeds = [
+        feed(sources, [start for group in groups[i :: len(devices)] for start in group], settings.batch, device)
+        for i, device in enumerate(devices)
+    ]
 
     @torch.no_grad()
-    def step(i: int) -> tuple[Value, Moments | None]:
+    def work(i: int, group: range) -> tuple[list[Value], Moments | None]:
+        values = []
         with current(devices[i]):
-            start, (h, h_star) = next(feeds[i])
             own = sums.empty(devices[i]) if split and sums is not None else sums
-            return visit(walks[i], start, h, h_star, own), own
+            for start in group:
+                if i == 0:
+                    walk.progress(phase, start / len(quantized))
+                _, (h, h_star) = next(feeds[i])
+                values.append(visit(walks[i], start, h, h_star, own))
+        return values, own
 
     values = []
     with ExitStack() as stack:
         pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in devices[1:]]
-        for first in range(0, len(starts), len(devices)):
-            walk.progress(phase, first / len(starts))
-            jobs = [pool.submit(step, i) for i, pool in enumerate(pools, 1) if first + i < len(starts)]
-            for value, own in (step(0), *(job.result() for job in jobs)):
-                values.append(value)
+        for first in range(0, len(groups), len(devices)):
+            here, *others = groups[first : first + len(devices)]
+            jobs = [pool.submit(work, i, group) for i, (pool, group) in enumerate(zip(pools, others, strict=False), 1)]
+            for found, own in (work(0, here), *(job.result() for job in jobs)):
+                values += found
                 if own is not sums:
                     sums.merge(own)
     return values

@@ -143,9 +143,11 @@ def test_memory_decides_nothing_but_speed(model, tmp_path, monkeypatch, in_block
     assert weights(tmp_path / "out") == in_blocks[1]
 
 
-def test_two_devices_write_the_bytes_of_one(model, tmp_path, monkeypatch, in_blocks, blocks_of_two):
-    """They share the experts, and the batches of tokens where each is summed by itself, as on cards."""
+@pytest.mark.parametrize("group", [1, 2])
+def test_two_devices_write_the_bytes_of_one(group, model, tmp_path, monkeypatch, in_blocks, blocks_of_two):
+    """They share the experts, and the groups of batches where each is summed by itself, as on cards."""
     monkeypatch.setattr(sharing, "SPLIT", {"cpu"})
+    monkeypatch.setattr(sharing, "GROUP", group)
     monkeypatch.setattr(pipeline, "BATCH_TOKENS", {"cpu": 64})
     shares, batches = [], []
     real, real_norm = experts._quantize_blocks, LayerWalk.norm
