@@ -17,10 +17,11 @@ from klquant.quantize.factor import cholesky, inverse_factor, upper_factor
 from klquant.quantize.hessian import Moments
 
 CHECKED = 16  # experts compared
-ALONE = 4  # experts that the plain column loop takes one after the other, as tools do that know no experts
+# Experts that the plain column loop takes at once beside all there are: as many as a run without kernels does, and one,
+# as tools do that know no experts.
+AT_ONCE = (16, 1)
 SPEC = WeightSpec(bits=4, group_size=128)
 GROUPED_TOKENS, GROUPED_EXPERTS = 65536, 128
-SWEEP = "sweep, factor included"
 
 
 def compare(experts: int, n: int, k: int, gen: torch.Generator) -> str:
@@ -39,11 +40,7 @@ def compare(experts: int, n: int, k: int, gen: torch.Generator) -> str:
             slow, slow_bytes = measure(run, repeat=1)
         sizes = f"{fast_bytes / 1e9:>13.2f}{slow_bytes / 1e9:>11.2f}"
         lines.append(f"{name:<34}{fast:>10.4f}{slow:>10.4f}{slow / fast:>8.1f}{sizes}")
-        if name == SWEEP:
-            with kernels.plain():
-                alone = sum(measure(_stages(w[e : e + 1], h[e : e + 1])[SWEEP], 1)[0] for e in range(ALONE))
-            alone *= experts / ALONE
-            lines.append(f"{f'  one by one, from {ALONE} of them':<34}{fast:>10.4f}{alone:>10.4f}{alone / fast:>8.1f}")
+    lines += _column_loop(w, h)
     few = h[:CHECKED]
     for name, ours, other in (
         (f"Cholesky of {CHECKED}: panels, library", cholesky, torch.linalg.cholesky_ex),
@@ -99,7 +96,7 @@ def _stages(w, h) -> dict[str, Callable]:
     q = Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC)[0], scale, zero)
     return {
         "scale search": lambda: rtn.fit_scales(w, SPEC, importance_K=diagonal),
-        SWEEP: lambda: stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC),
+        "sweep, factor included": lambda: stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC),
         "refit of scales": lambda: stages.refit_scales(w, h, q),
         "descent, one round": lambda: stages.descend(w, h, q),
         "gptq, three rounds": lambda: stages.gptq(w, h, SPEC),
@@ -121,6 +118,22 @@ def measure(run: Callable, repeat: int = 3) -> tuple[float, int]:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return sorted(times)[len(times) // 2], taken
+
+
+def _column_loop(w, h) -> list[str]:
+    """GPTQ's loop over columns by itself, the factors made before. Of single experts and small groups one is timed."""
+    scale, zero = rtn.fit_scales(w, SPEC)
+    ordered = stages.put_in_order(h, 0.01)
+    fast = measure(lambda: stages.sweep(w, ordered, scale, zero, SPEC))[0]
+    lines = []
+    with kernels.plain():
+        for count in (len(w), *AT_ONCE):
+            ordered = stages.put_in_order(h[:count], 0.01)
+            run = partial(stages.sweep, w[:count], ordered, scale[:count], zero, SPEC)
+            slow = measure(run, 1)[0] * len(w) / count
+            name = f"column loop, {count} in plain torch"
+            lines.append(f"{name:<34}{fast:>10.4f}{slow:>10.4f}{slow / fast:>8.1f}")
+    return lines
 
 
 def _check(w, h) -> list[str]:
