@@ -158,7 +158,7 @@ def linear_candidates(shape: str, bits: int, tokens: int) -> list[tuple[Tile, ..
     some = [(32 << i, t, *warps) for i in range(3) for t in (16, 32, 64) for warps in ((2, 1), (2, 2), (4, 1), (4, 4))]
     many = [(rows, t, warps, 1) for rows in (64, 128) for t in (32, 64, 128) for warps in (4, 8)]
     kinds = few if tokens <= 8 else some if tokens <= 64 else many
-    tiles = [linear_tile(w, tokens, gated)]
+    tiles = [linear_tile(w, tokens, gated, has_wgmma(w.words))]
     for rows, t, warps, split in kinds:
         if w.row_bricks * 16 % rows == 0 and rows >= (32 if gated else 16) and (t == 8 or t < 2 * tokens):
             tiles += [make_tile(bits, rows, t, warps, split, stages) for stages in (3, 5)]

@@ -14,6 +14,7 @@ from klquant.engine.build import OneDevice
 from klquant.engine.runner import Runner
 from klquant.engine.synthetic import Noise, parse_synthetic, random_weights, synthetic_outline
 from tests.kernels.launches import record
+from tests.kernels.test_compile import problems
 from tests.triton_interpreter import interpreting, needs_triton
 
 pytestmark = [needs_triton, pytest.mark.skipif(interpreting, reason="this process interprets kernels")]
@@ -74,3 +75,14 @@ def test_operations_beside_the_layers(mode, most, card):
     """And none of them waits for the card."""
     _, operations = step(4, 4, mode, card)
     assert operations.total() - operations["mm"] <= most, operations
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_a_step_compiles_as_hopper_runs_it(batch, card):
+    """Every launch of a step, as this card's dispatch makes it."""
+    config, layers = parse_synthetic("kimi-linear-48b:layers=4")
+    weights = random_weights(synthetic_outline(config, "int4", layers), OneDevice(META, layers), torch.bfloat16)
+    runner = Runner(weights, slots=batch, pages=64, max_context=4096, cache_bits=16)
+    slot_B = torch.zeros(batch, dtype=torch.int32, device=META)
+    found = dict.fromkeys(record(lambda: runner._stage(0, "greedy", slot_B), card))
+    assert not problems((launch, 90) for launch in found)

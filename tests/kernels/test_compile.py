@@ -10,6 +10,7 @@ from itertools import cycle
 import pytest
 import torch
 
+from klquant.kernels.linear import dispatch as linear_dispatch
 from klquant.kernels.linear.dispatch import QuantMLP, apply_linear, pack_mlp, pack_weight
 from klquant.kernels.linear.tiles import linear_tile
 from klquant.kernels.moe import dispatch as moe_dispatch
@@ -42,7 +43,7 @@ def linear_beside(dtype: torch.dtype = torch.bfloat16) -> Iterator:
     w = pack_weight(meta_weight((3 * 4096, HIDDEN), 8))
     for tokens in (8, 16, 32, 64):
         x, plain = meta(tokens, HIDDEN, dtype=dtype), meta(288, HIDDEN, dtype=dtype)
-        yield lambda x=x, plain=plain: triton.linear_beside(x, w, linear_tile(w, len(x), False), plain)
+        yield lambda x=x, plain=plain: triton.linear_beside(x, w, linear_tile(w, len(x), False, False), plain)
 
 
 def experts(bits: int, shared_bits: int, group: int = 128, dtype: torch.dtype = torch.bfloat16) -> Iterator:
@@ -84,11 +85,12 @@ def test_the_int4_recipe(monkeypatch):
     assert not problems(zip(launches(monkeypatch, *groups), cycle(CARDS), strict=False))
 
 
-def test_experts_on_hopper(monkeypatch):
-    monkeypatch.setattr(moe_dispatch, "has_wgmma", lambda x: True)
-    found = launches(monkeypatch, experts(4, 8), experts(3, 8, 32))
-    most = [launch for launch in found if dict(launch.constants).get("SCALED")]
-    assert most and not problems((launch, 90) for launch in most)
+def test_wide_tiles_on_hopper(monkeypatch):
+    for module in (moe_dispatch, linear_dispatch):
+        monkeypatch.setattr(module, "has_wgmma", lambda x: True)
+    found = launches(monkeypatch, experts(4, 8), experts(3, 8, 32), linear(8))
+    most = [launch for launch in found if dict(launch.constants).get("BM", 0) >= 128]
+    assert len(most) > 4 and not problems((launch, 90) for launch in most)
 
 
 @pytest.mark.parametrize(

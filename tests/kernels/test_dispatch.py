@@ -45,11 +45,12 @@ def test_tiles_divide_the_rows_and_fit_small_cards(bits, group):
     for tokens in (1, 8, 9, 16, 17, 32, 33, 128, 129, 5000):
         for n in (576, 2304, 4096):
             op = QuantLinear.of(meta_weight((n, 256), bits, group))
-            tile = linear_tile(op.weight, tokens, gated=False)
-            assert n % tile.rows == 0
-            assert tile.tokens == 8 or tile.tokens < 2 * tokens
-            assert tile.stages >= 2
-            assert make_tile(bits, tile.rows, tile.tokens, tile.warps, tile.split, tile.stages, tile.scaled) == tile
+            for wgmma in (False, True):
+                tile = linear_tile(op.weight, tokens, False, wgmma)
+                assert n % tile.rows == 0
+                assert tile.tokens == 8 or tile.tokens < 2 * tokens
+                assert tile.stages >= 2
+                assert make_tile(bits, tile.rows, tile.tokens, tile.warps, tile.split, tile.stages, tile.scaled) == tile
     shapes = ((1024, 2304), (1024, 2304), (2304, 1024))
     w = QuantExperts.of(*(meta_weight((256, *s), bits, group) for s in shapes), None)
     for tokens in (9, 64, 1024, 4096, 65536):

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.core.grid import Quantized
+from klquant.kernels.card import has_wgmma
 from klquant.kernels.linear import reference
 from klquant.kernels.linear.layout import ROW_MULTIPLE, Packed, interleave, pack, pack_plain
-from klquant.kernels.linear.tiles import linear_tile, parts_tile
+from klquant.kernels.linear.tiles import Tile, linear_tile, parts_tile
 from klquant.kernels.norm.parts import Parts
 
 # From so many tokens on, unpacking a weight costs less than what torch's product gains on unpacked ones.
@@ -73,7 +74,7 @@ class QuantLinear:
 
         x_MK = pad_inputs(x.flatten(0, -2), self.weight)
         y = torch.empty(len(x_MK), self.weight.n, dtype=torch.float32, device=x.device)
-        return linear(x_MK, self.weight, linear_tile(self.weight, len(x_MK), False), out=y).unflatten(0, x.shape[:-1])
+        return linear(x_MK, self.weight, _tile(x_MK, self.weight), out=y).unflatten(0, x.shape[:-1])
 
     def parts(self, x_MK: Tensor) -> Tensor | Parts:
         """x [M, K] → [M, N]; or, where programs that share a row's inputs are faster, what each of them made."""
@@ -95,7 +96,7 @@ class QuantLinear:
         from klquant.kernels.linear.triton import linear_beside
 
         x_MK = pad_inputs(x_MK, self.weight)
-        return linear_beside(x_MK, self.weight, linear_tile(self.weight, len(x_MK), False), plain_NK)
+        return linear_beside(x_MK, self.weight, _tile(x_MK, self.weight), plain_NK)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,10 @@ class QuantMLP:
         return apply_linear(h, self.down).unflatten(0, x.shape[:-1])
 
 
+def _tile(x_MK: Tensor, w: Packed, gated: bool = False) -> Tile:
+    return linear_tile(w, len(x_MK), gated, has_wgmma(x_MK))
+
+
 def apply_linear(x_MK: Tensor, w: Packed, gated: bool = False) -> Tensor:
     """x [M, K], or with columns padded already, through the kernel and the tile its shape gets.
 
@@ -128,4 +133,4 @@ def apply_linear(x_MK: Tensor, w: Packed, gated: bool = False) -> Tensor:
     if w.bits < 16 and x_MK.shape[0] >= UNPACK_TOKENS:
         y = F.linear(x_MK[:, : w.k_padded], unpacked(w, x_MK.dtype, gated))
         return silu_mul(y) if gated else y
-    return linear(x_MK, w, linear_tile(w, x_MK.shape[0], gated), gated=gated)
+    return linear(x_MK, w, _tile(x_MK, w, gated), gated=gated)

@@ -47,8 +47,8 @@ def most_tokens(w: Packed, split: int) -> int:
     return 128 if scales == 1 and w.bits != 3 else 64 if scales < 8 else 32
 
 
-def linear_tile(w: Packed, tokens: int, gated: bool) -> Tile:
-    """The tile of y [tokens, N].
+def linear_tile(w: Packed, tokens: int, gated: bool, wgmma: bool) -> Tile:
+    """The tile of y [tokens, N] on a card that has `wgmma` or not.
 
     Many rows are one tile after the other for a warp or two; where there are few, warps share a row's bricks.
     """
@@ -66,9 +66,10 @@ def linear_tile(w: Packed, tokens: int, gated: bool) -> Tile:
     most = most_tokens(w, 1)
     if tokens <= 64 and rows < 4608:
         return make_tile(w.bits, 32, min(32, most_tokens(w, 4)), warps=4, split=4, stages=3)
-    if tokens <= 128 or most == 32:
+    few_rows = rows < 8192 or w.row_bricks % 8
+    if tokens <= 128 or most == 32 or (few_rows and not wgmma):
         return make_tile(w.bits, 64, min(64, most), warps=4, split=1, stages=4)
-    if rows < 8192 or w.row_bricks % 8:
+    if few_rows:
         return make_tile(w.bits, 64, most, warps=4, split=1, stages=3)
     return make_tile(w.bits, 128, min(64, most), warps=4, split=1, stages=4, scaled=w.bits < 16)
 
@@ -77,8 +78,8 @@ def parts_tile(w: Packed, tokens: int) -> tuple[Tile, int]:
     """A tile, and how many programs share its inputs: several where rows are few and long, or most processors would
     have nothing to do. Their sums are added up later."""
     if w.row_bricks * 16 >= 4608 or w.bricks < 32:
-        return linear_tile(w, tokens, False), 1
+        return linear_tile(w, tokens, False, False), 1
     if tokens <= 16:
-        return linear_tile(w, tokens, False), 2 if tokens <= 8 else 1
+        return linear_tile(w, tokens, False, False), 2 if tokens <= 8 else 1
     tile = make_tile(w.bits, 64, min(32 if tokens <= 32 else 64, most_tokens(w, 1)), warps=4, split=1, stages=4)
     return tile, 4 if tokens <= 32 else 3 if tokens <= 64 else 2 if tokens <= 128 else 1

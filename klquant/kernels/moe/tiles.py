@@ -57,8 +57,8 @@ def many_tiles(gate_up: Packed, down: Packed, routes: int, wgmma: bool) -> tuple
         (64, 8, 2, 3, False) if share <= 4 else
         (64, 16, 4, 3, False) if share <= 8 else
         (128, 32, 4, 4, False) if share <= 48 else
-        (128, 64, 4, 3, False) if share <= (96 if wgmma else 512) else
-        (128, 128, 4 if wgmma else 8, 3, True)
+        (128, 64, 4, 3, False) if share <= 96 or not wgmma else
+        (128, 128, 4, 3, True)
     )  # fmt: skip
     most = 128 if scaled else min(most_tokens(w, 1) for w in both)
     tokens = min(wanted, most)
