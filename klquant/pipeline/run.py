@@ -23,6 +23,7 @@ from klquant.checkpoint.writer import (
 from klquant.core.device import pick_devices
 from klquant.core.memory import free_memory
 from klquant.errors import UserError
+from klquant.model.tuning import tuning_note
 from klquant.pipeline.ahead import Ahead
 from klquant.pipeline.behind import Behind
 from klquant.pipeline.finish import finish
@@ -83,6 +84,8 @@ def quantize(
                 return journal.finish()
         text = None
         if plan.needs_calibration:
+            if note := tuning_note(settings.device, settings.dtype):
+                watcher.note(note)
             spec = options.calib or plan.recipe.calibration.mix
             text = draw_text(spec, reader, plan.recipe.calibration, settings, watcher, journal)
         if not before:
