@@ -16,7 +16,7 @@ class Tile:
     """`tokens` latents at a time by `warps` warps; a sequence in up to `splits` parts.
 
     early: a launch starts while the one before it still works, and waits for its results only when it has asked for
-        what else it reads (programmatic dependent launch, from sm90 on).
+        what else it reads (programmatic dependent launch); of `staged` ones.
     staged: `klquant.kernels.mla.hopper`, a page at a time; Hopper only, latents of STAGED_RANK values and more.
     """
 

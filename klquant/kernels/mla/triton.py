@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from klquant.kernels.mla.ends import absorb_kernel, finish_kernel
 from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
@@ -55,7 +54,7 @@ def _words(data, row, seen, first, COUNT: tl.constexpr, STRIDE: tl.constexpr):
 def attend_kernel(
     q, data, scale, page_table, table_stride, length, mean, weight, splits, factor,
     H: tl.constexpr, BH: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-    FORMAT: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr,
+    FORMAT: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """mean [B, splits, H, RANK] of the parts that exist; weight [B, H, splits], base 2, FP32, −∞ of others; grid
     (splits, B).
@@ -69,8 +68,6 @@ def attend_kernel(
     UNIT: tl.constexpr = unit(FORMAT, DTYPE)
     # Keeps a weight times the scale of INT8 codes clear of FP16's small numbers.
     GAIN: tl.constexpr = 128.0 if FORMAT == "int8" else 1.0
-    if EARLY:
-        gdc_launch_dependents()
     split = tl.program_id(0)
     b = tl.program_id(1)
     n = tl.load(length + b)
@@ -95,9 +92,6 @@ def attend_kernel(
         if FORMAT != "plain":
             step = tl.load(scale + row, mask=seen, other=0.0) * UNIT
         page = tl.load(pages + tl.minimum(first + 1, last - 1) // (PAGE // TOKENS))
-        # Latents are on their way before the queries are there.
-        if EARLY:
-            gdc_wait()
         q_at = q + (b.to(tl.int64) * H + h) * (RANK + ROPE)
         q_latent = tl.load(q_at + tl.arange(0, RANK)[:, None], mask=h < H, other=0.0)
         q_rope = tl.load(q_at + RANK + tl.arange(0, ROPE)[:, None], mask=h < H, other=0.0)
@@ -135,8 +129,6 @@ def attend_kernel(
         tl.store(mean_at + tl.arange(0, RANK)[:, None], (acc * (1.0 / (total * GAIN))[None, :]).to(DTYPE), mask=h < H)
         tl.store(weight_at, top + tl.log2(total), mask=h1 < H)
     else:
-        if EARLY:
-            gdc_wait()
         tl.store(weight_at, tl.full([BH], float("-inf"), tl.float32), mask=h1 < H)
 
 
@@ -174,7 +166,7 @@ def mla_decode(
     else:
         attend_kernel[(tile.splits, batch)](
             q, data, pages.scale, *table, *parts, H=heads, BH=max(8, padded), RANK=rank, ROPE=rope, PAGE=PAGE_SIZE,
-            FORMAT=pages.format, TOKENS=tile.tokens, EARLY=tile.early, PTX=PTX, num_warps=tile.warps, **early,
+            FORMAT=pages.format, TOKENS=tile.tokens, PTX=PTX, num_warps=tile.warps,
         )  # fmt: skip
     out = torch.empty(batch, heads * v, dtype=dtype, device=device)
     block, groups = min(32 if batch <= 16 else 64, v), max(1, 8 // triton.next_power_of_2(batch))
