@@ -14,8 +14,6 @@ import torch
 from tests.tiny import tiny_checkpoint
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-# Shared memory a block may have, KiB.
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
 
 
 def pytest_configure(config):
@@ -29,9 +27,7 @@ def pytest_configure(config):
     def properties(device=None):
         names = "name", "total_memory", "multi_processor_count", "L2_cache_size"
         major, minor = divmod(other, 10)
-        shared = SHARED_KIB[other] << 10
-        own = {name: getattr(real(device), name) for name in names}
-        return SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=shared, **own)
+        return SimpleNamespace(major=major, minor=minor, **{name: getattr(real(device), name) for name in names})
 
     # Triton asks for the capability what the last step is made for: that stays the card's own.
     own = torch.cuda.get_device_capability()

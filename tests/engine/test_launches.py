@@ -44,7 +44,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(runner_module, "on", lambda device: nullcontext())
     monkeypatch.setattr(Noise, "_generator", lambda self, device: None)
-    h100 = SimpleNamespace(major=9, multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    h100 = SimpleNamespace(major=9, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
     return monkeypatch
 

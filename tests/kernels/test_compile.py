@@ -88,7 +88,7 @@ def test_the_int4_recipe(monkeypatch):
 def test_wide_tiles_on_hopper(monkeypatch):
     for module in (moe_dispatch, linear_dispatch):
         monkeypatch.setattr(module, "has_wgmma", lambda x: True)
-    found = launches(monkeypatch, experts(4, 8), experts(3, 8, 32), linear(8))
+    found = launches(monkeypatch, experts(4, 8), experts(3, 8, 32), experts(16, 16), linear(8))
     most = [launch for launch in found if dict(launch.constants).get("BM", 0) >= 128]
     assert len(most) > 4 and not problems((launch, 90) for launch in most)
 
