@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from klquant.calibrate.walk import LayerWalk
 
 PRIOR_TOKENS = 2048
-# Experts fitted as one batch. Fixed, because a batched product's last bits may depend on the size of the batch.
-BLOCK = 16
+# Experts fitted as one batch, by kind of device. Fixed, because a batched product's last bits may depend on the size of
+# the batch. A GPU has launches to fill: of w2 few rows are worked on at a time.
+BLOCK = {"cpu": 16, "cuda": 32}
 # Share of the free memory to count on: an allocator leaves gaps.
 USED = 0.9
 STACKS = ("mlp.w1", "mlp.w3", "mlp.w2")
@@ -66,7 +67,8 @@ def quantize_experts(walk: LayerWalk, layer_wide: Moments | None) -> None:
         return
     for path in STACKS:  # from here on `now` is filled block by block, in place
         walk.now = put(walk.now, path, get(walk.exact, path).clone())
-    blocks = [slice(first, min(first + BLOCK, total)) for first in range(0, total, BLOCK)]
+    size = BLOCK[walk.settings.device.type]
+    blocks = [slice(first, min(first + size, total)) for first in range(0, total, size)]
     _share(walk, blocks, inputs)
 
 
@@ -122,9 +124,8 @@ def _quantize_blocks(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> No
                 raise
         # Only here, behind the handler, has the exception let go of what it held.
         size = min(size, len(todo)) // 2 or 1
-        walk.result.fallbacks.append(
-            f"{walk.settings.device}: out of memory: moments of {size * BLOCK} experts at once"
-        )
+        count = sum(block.stop - block.start for block in list(todo)[:size])
+        walk.result.fallbacks.append(f"{walk.settings.device}: out of memory: moments of {count} experts at once")
         if walk.settings.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -133,8 +134,9 @@ def _blocks_that_fit(walk: LayerWalk, blocks: int) -> int:
     """Of how many of the `blocks` the moments fit, in chunks of about equal size."""
     tokens = walk.settings.batch * walk.streams.quantized.shape[1]
     need = Footprint.of(
-        walk.config, tokens, walk.settings.dtype.itemsize, BLOCK, corrects=walk.streams.reference is not None
-    )
+        walk.config, tokens, walk.settings.dtype.itemsize, BLOCK[walk.settings.device.type],
+        corrects=walk.streams.reference is not None,
+    )  # fmt: skip
     free = int(USED * free_memory(walk.settings.device)) - need.codes - need.working
     fit = max(1, free // need.block)
     chunks = -(-blocks // fit)

@@ -31,7 +31,7 @@ class Footprint:
         c, i = config.hidden_size, config.moe_intermediate_size
         experts = 3 * config.num_experts * c * i
         # Weights, targets, residuals and products of w1 and w3 stacked; Hessian, its ordered copy and factor.
-        fitting = 4 * block * (12 * 2 * c * i + 7 * c * c)
+        fitting = 4 * block * (6 * 2 * c * i + 4 * c * c)
         # Streams, norms and sums [T, C]; hidden units of the routed rows; the mixers' inputs and outputs.
         batch = tokens * itemsize * (6 * c + 2 * config.top_k * i + 4 * config.kda_width)
         sums = 4 * (2 if corrects else 1)

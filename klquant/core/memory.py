@@ -7,6 +7,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+# cudaHostRegisterPortable: every card copies the memory at full speed, not only the one that is current.
+PORTABLE = 1
 # Memory on a card that torch's allocator does not count: CUDA context and kernels.
 CUDA_CONTEXT = 600 << 20
 
@@ -51,7 +53,7 @@ def own_pages(nbytes: int) -> Tensor:
 
 def pin(tensor: Tensor) -> bool:
     """Lock a tensor from `own_pages` for a GPU's copies, until `unpin`; whether the system let it."""
-    done = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
+    done = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, PORTABLE)) == 0
     if not done:
         # CUDA keeps the refusal, and the next launch would report it as its own: let one that does not matter do so.
         with suppress(RuntimeError):

@@ -83,7 +83,7 @@ def place(
     in_files = size > MEMORY_SHARE[settings.device.type] * (allowed - working)
     if not cuda:
         return Placement(size, in_files)
-    need = Footprint.of(config, settings.batch * length, settings.dtype.itemsize, BLOCK, streams > 1)
+    need = Footprint.of(config, settings.batch * length, settings.dtype.itemsize, BLOCK["cuda"], streams > 1)
     for device in settings.devices:
         if (free := free_memory(device)) < need.least:
             raise UserError(

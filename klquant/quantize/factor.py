@@ -8,7 +8,7 @@ from torch import Tensor
 
 DAMP_GROWTH = 10.0
 DAMP_LIMIT = 1e4
-# Columns factored at once by `cholesky` on a GPU.
+# Columns factored at once by `cholesky`, and solved for by `solve`, on a GPU.
 PANEL = 128
 
 
@@ -78,3 +78,26 @@ def _by_panels(a_EKK: Tensor) -> tuple[Tensor, Tensor]:
             below = torch.linalg.solve_triangular(corner.mT, panel[:, stop - start :], upper=True, left=False)
             factor[:, stop:, start:stop] = below
     return factor, info
+
+
+def solve(a_ENK: Tensor, factor_EKK: Tensor) -> Tensor:
+    """A (L Lᵀ)⁻¹ [E, N, K] with L = `factor`, of `cholesky`; on a GPU panel by panel like that."""
+    if a_ENK.is_cuda and a_ENK.shape[-1] > 2 * PANEL:
+        return _solve_by_panels(a_ENK, factor_EKK)
+    return torch.cholesky_solve(a_ENK.mT, factor_EKK).mT
+
+
+def _solve_by_panels(a_ENK: Tensor, factor_EKK: Tensor) -> Tensor:
+    x, k = a_ENK.clone(), a_ENK.shape[-1]
+    panels = [slice(start, min(start + PANEL, k)) for start in range(0, k, PANEL)]
+    corners = []
+    for p in panels:  # Y Lᵀ = A
+        corner = factor_EKK[..., p, p]
+        eye = torch.eye(corner.shape[-1], dtype=x.dtype, device=x.device).expand_as(corner)
+        corners.append(torch.linalg.solve_triangular(corner, eye, upper=False))
+        left = x[..., p] - x[..., : p.start] @ factor_EKK[..., p, : p.start].mT if p.start else x[..., p]
+        x[..., p] = left @ corners[-1].mT
+    for p, inverse in zip(reversed(panels), reversed(corners), strict=True):  # X L = Y
+        left = x[..., p] - x[..., p.stop :] @ factor_EKK[..., p.stop :, p] if p.stop < k else x[..., p]
+        x[..., p] = left @ inverse
+    return x

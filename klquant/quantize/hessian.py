@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klquant.quantize.factor import cholesky
+from klquant.quantize.factor import cholesky, solve
 
 
 @dataclass
@@ -141,8 +141,7 @@ def corrected_target(
         change += missing_NK
     level = damp * h_KK.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
     damped = h_KK + torch.diag_embed(level[..., None].expand(h_KK.shape[:-1]))
-    # V − W = change·(H + λI)⁻¹ with H symmetric: solve for its transpose.
     factor, info = cholesky(damped)
     if bool((info > 0).any()):
         raise torch.linalg.LinAlgError("inputs' second moments are not positive definite for all their ridge")
-    return w_NK + torch.cholesky_solve(change.mT, factor).mT
+    return w_NK + solve(change, factor)

@@ -40,7 +40,7 @@ def test_a_second_run_and_a_stopped_one_write_the_same(wide, once, tmp_path):
 
 
 def test_memory_decides_nothing_but_speed(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr(experts, "BLOCK", 2)
+    monkeypatch.setitem(experts.BLOCK, "cuda", 2)
     run(wide, tmp_path / "all", CHOSEN, device="cuda")
     monkeypatch.setattr(experts, "free_memory", lambda device: 1)
     monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cuda": 0})
@@ -50,7 +50,7 @@ def test_memory_decides_nothing_but_speed(wide, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
 def test_two_cards_write_the_bytes_of_one(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr(experts, "BLOCK", 2)
+    monkeypatch.setitem(experts.BLOCK, "cuda", 2)
     monkeypatch.setattr("klquant.pipeline.run.BATCH_TOKENS", {"cuda": 64})
     run(wide, tmp_path / "one", CHOSEN, device="cuda:0")
     run(wide, tmp_path / "two", CHOSEN, device="cuda:0,cuda:1")

@@ -122,14 +122,14 @@ def in_blocks(model, tmp_path_factory, request):
     chosen = recipe(request.param, gptq="refine_rounds: 1")
     out = tmp_path_factory.mktemp("blocks") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "BLOCK", 2)
+        patch.setitem(experts.BLOCK, "cpu", 2)
         run(model, out, chosen)
     return chosen, weights(out)
 
 
 @pytest.fixture
 def blocks_of_two(monkeypatch):
-    monkeypatch.setattr(experts, "BLOCK", 2)
+    monkeypatch.setitem(experts.BLOCK, "cpu", 2)
 
 
 def test_memory_decides_nothing_but_speed(model, tmp_path, monkeypatch, in_blocks, blocks_of_two):

@@ -37,7 +37,7 @@ def test_kernels_compile(card):
     names = ("d", "r", "matrix", "scale", "zero", "change", "w", "importance", "factors", "h", "a", "b")
     pointers = dict.fromkeys(names, "*fp32") | {
         "codes": "*i8",
-        "order": "*i32",
+        **dict.fromkeys(("order", "group"), "*i32"),
         "best_scale": "*bf16",
         "best_zero": "*i8",
         "steps": "*bf16",

@@ -22,7 +22,7 @@ from klquant.core.spec import WeightSpec
 from klquant.model.weights import MoEWeights
 from klquant.quantize import gptq as reference
 from klquant.quantize import rtn
-from klquant.quantize.factor import _by_panels
+from klquant.quantize.factor import _by_panels, _solve_by_panels
 from klquant.quantize.hessian import Moments
 from klquant.quantize.kernels import columns, grouped, scales
 from tests.triton_interpreter import teach_bf16_products
@@ -171,6 +171,16 @@ def test_cholesky_by_panels_reports_as_the_library_does():
     assert torch.equal(info, want_info) and info.tolist() == [0, 201, 0]
     for e in (0, 2):
         torch.testing.assert_close(factor[e], want[e], rtol=1e-4, atol=1e-4)
+
+
+def test_solving_by_panels_is_as_exact_as_the_library():
+    a, h = problem(2, 5, 300)
+    h += 0.01 * h.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(300)
+    exact = torch.linalg.solve(h.double(), a.double(), left=False)
+    factor = torch.linalg.cholesky(h)
+    library = torch.cholesky_solve(a.mT, factor).mT
+    got, limit = ((x - exact).norm() for x in (_solve_by_panels(a, factor), library))
+    assert got < 2 * limit
 
 
 BOUNDS = [0, 0, 5, 5, 39, 40]  # an expert without rows first, one amid, one with more than a step of the kernel

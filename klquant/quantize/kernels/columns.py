@@ -27,7 +27,7 @@ BLOCK = 128
 ROWS = 32
 # Experts worked on at once. It bounds the temporaries, and because it is fixed the batched products, and so the bytes,
 # are the same however many experts a caller passes (in multiples of it).
-EXPERTS = 16
+EXPERTS = 32
 
 
 def batches(count: int) -> Iterator[slice]:
@@ -36,61 +36,79 @@ def batches(count: int) -> Iterator[slice]:
 
 
 @triton.jit
-def _load_column(d, codes, order, scale, zero, j, n, width, rows, inside, REVISE: tl.constexpr):
-    """Of the block's column j: its index in the weight, d, scale, zero and, when revising, its code."""
-    column = tl.load(order + j).to(tl.int64)
+def _load_column(
+    d, codes, matrix, scale, zero, j, column, group, count, n, k, rows, inside, columns, REVISE: tl.constexpr
+):
+    """Of the block's column j, which is `column` in the weight and of a `group`: d, scale, zero, and its code when
+    revising; its row of the matrix, the next column's entry there, and the pivot."""
     x = tl.load(d + j * n + rows, mask=inside, other=0.0)
-    group = (column // width) * n + rows
-    s = tl.load(scale + group, mask=inside, other=1.0)
-    z = tl.load(zero + group, mask=inside, other=0.0) if zero is not None else 0.0 * s
-    code = tl.load(codes + column * n + rows, mask=inside, other=0).to(tl.float32) if REVISE else 0.0 * s
-    return column, x, s, z, code
+    s = tl.load(scale + group * n + rows, mask=inside, other=1.0)
+    z = tl.load(zero + group * n + rows, mask=inside, other=0.0) if zero is not None else 0.0 * s
+    code = tl.load(codes + column.to(tl.int64) * n + rows, mask=inside, other=0).to(tl.float32) if REVISE else 0.0 * s
+    matrix += j * k
+    push = tl.load(matrix + columns, mask=columns < count, other=0.0)
+    onward = tl.load(matrix + j + 1, mask=j + 1 < count, other=0.0)
+    return x, s, z, code, push, onward, tl.load(matrix + j)
+
+
+@triton.jit
+def _row(acc, columns, j):
+    """Row j of `acc`; 0 past its end. Registers have no index: a product with a one-hot vector reads them."""
+    return tl.sum(acc * tl.where(columns == j, 1.0, 0.0)[:, None], axis=0)
 
 
 @triton.jit(do_not_specialize=["start", "count"])
 def round_block(
-    d, r, codes, matrix, order, scale, zero, change,
-    start, count, n, k, groups, width, matrix_stride, order_stride,
+    d, r, codes, matrix, order, group, scale, zero, change, start, count, n, k, groups, matrix_stride, order_stride,
     QMIN: tl.constexpr, QMAX: tl.constexpr, REVISE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Choose the codes of columns start … start + count of the order given, for ROWS rows of one expert.
 
     d [E, K, N] FP32 in that order: the weight on entry (sweep) or w − ŵ (REVISE); w − ŵ on return.
     r [E, BLOCK, N] FP32; codes [E, K, N] int8 in the weight's own order; matrix [E, K, K] FP32, rows and columns in the
-    order given; order [E, K] int32; scale, zero [E, G, N] FP32; change [E, N]: what REVISE adds to each row's loss.
+    order given; order [E, K] int32 and the group of each of its columns; scale, zero [E, G, N] FP32; change [E, N]: what
+    REVISE adds to each row's loss.
     """
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     columns = tl.arange(0, BLOCK)
-    used = columns < count
     d += (e * k + start) * n
     codes += e * k * n
     order += e * order_stride + start
+    group += e * order_stride + start
     scale += e * groups * n
     if zero is not None:
         zero += e * groups * n
     matrix += e * matrix_stride + start * (k + 1)
     acc = tl.load(
-        r + (e * BLOCK + columns[:, None]) * n + rows[None, :], mask=used[:, None] & inside[None, :], other=0.0
+        r + (e * BLOCK + columns[:, None]) * n + rows[None, :], mask=(columns < count)[:, None] & inside[None, :], other=0.0
     )
     moved = tl.zeros([ROWS], tl.float32)
-    column, x, s, z, code = _load_column(d, codes, order, scale, zero, 0, n, width, rows, inside, REVISE)
+    # A column waits for the one before it, and for nothing else that takes long: what it needs from memory was asked for
+    # a step earlier (where it lies in the weight, two), its r but for the last change is read from the registers before
+    # that change is known, and divisors are inverted meanwhile.
+    second = tl.minimum(1, count - 1)
+    column, coming, coming_group = tl.load(order), tl.load(order + second), tl.load(group + second)
+    x, s, z, code, push, onward, pivot = _load_column(
+        d, codes, matrix, scale, zero, 0, column, tl.load(group), count, n, k, rows, inside, columns, REVISE
+    )
+    r_j = _row(acc, columns, 0)
     for j in range(count):
-        # What the next column needs does not depend on this one: asked for now, it is there in time.
-        after = tl.minimum(j + 1, count - 1)
-        column_, x_, s_, z_, code_ = _load_column(d, codes, order, scale, zero, after, n, width, rows, inside, REVISE)
-        push = tl.load(matrix + j * k + columns, mask=used, other=0.0)
-        pivot = tl.load(matrix + j * (k + 1))
-        # Registers have no index: one product with a one-hot vector is the cheapest way to read row j.
-        r_j = tl.sum(acc * tl.where(columns == j, 1.0, 0.0)[:, None], axis=0)
+        x_, s_, z_, code_, push_, onward_, pivot_ = _load_column(
+            d, codes, matrix, scale, zero, tl.minimum(j + 1, count - 1), coming, coming_group, count, n, k, rows,
+            inside, columns, REVISE,
+        )  # fmt: skip
+        third = tl.minimum(j + 2, count - 1)
+        coming_, group_ = tl.load(order + third), tl.load(group + third)
+        r_next = _row(acc, columns, j + 1)
         if REVISE:
             pivot = tl.maximum(pivot, 1e-20)
             old = (code - z) * s
         else:
             old = x
-        want = old + tl.div_rn(r_j, tl.zeros_like(r_j) + pivot)
-        steps = round_between(tl.div_rn(want, s), QMIN - z, QMAX - z)
+        want = old + r_j * (1.0 / pivot)
+        steps = round_between(want * (1.0 / s), QMIN - z, QMAX - z)
         delta = old - steps * s
         acc = tl.fma(tl.broadcast_to(push[:, None], [BLOCK, ROWS]), tl.broadcast_to(delta[None, :], [BLOCK, ROWS]), acc)
         if REVISE:
@@ -98,8 +116,10 @@ def round_block(
             tl.store(d + j * n + rows, x + delta, mask=inside)
         else:
             tl.store(d + j * n + rows, delta, mask=inside)
-        tl.store(codes + column * n + rows, (steps + z).to(tl.int8), mask=inside)
-        column, x, s, z, code = column_, x_, s_, z_, code_
+        tl.store(codes + column.to(tl.int64) * n + rows, (steps + z).to(tl.int8), mask=inside)
+        r_j = tl.fma(tl.zeros_like(delta) + onward, delta, r_next)
+        column, coming, coming_group = coming, coming_, group_
+        x, s, z, code, push, onward, pivot = x_, s_, z_, code_, push_, onward_, pivot_
     if REVISE:
         total = tl.load(change + e * n + rows, mask=inside, other=0.0)
         tl.store(change + e * n + rows, total + moved, mask=inside)
@@ -153,6 +173,7 @@ def _run(
     if matrix_EKK.stride()[1:] != (k, 1):
         matrix_EKK = matrix_EKK.contiguous()
     order, scale = order_EK.to(torch.int32).contiguous(), scale_ENG.float().mT.contiguous()
+    group = order // spec.width(k)
     zero = None if zero_ENG is None else zero_ENG.float().mT.contiguous()
     r = torch.zeros(e, BLOCK, n, device=d_EKN.device)
     for start in range(0, k, BLOCK):
@@ -165,8 +186,8 @@ def _run(
             torch.bmm(matrix_EKK[:, :start, block].mT, d_EKN[:, :start], out=r[:, :count])
         with torch.cuda.device_of(d_EKN):
             round_block[(triton.cdiv(n, ROWS), e)](
-                d_EKN, r, codes, matrix_EKK, order, scale, zero, change,
-                start, count, n, k, spec.groups(k), spec.width(k), matrix_EKK.stride(0), order.stride(0),
+                d_EKN, r, codes, matrix_EKK, order, group, scale, zero, change,
+                start, count, n, k, spec.groups(k), matrix_EKK.stride(0), order.stride(0),
                 QMIN=spec.qmin, QMAX=spec.qmax, REVISE=revise, BLOCK=BLOCK, ROWS=ROWS, num_warps=1,
             )  # fmt: skip
     return codes
