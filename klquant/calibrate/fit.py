@@ -10,7 +10,7 @@ from klquant.errors import UserError
 from klquant.quantize.awq import clipped
 from klquant.quantize.coupled import coupled_gptq
 from klquant.quantize.gptq import gptq, layer_loss
-from klquant.quantize.hessian import Moments, corrected_target, shrink
+from klquant.quantize.hessian import Moments, corrected_target, shrink_
 from klquant.quantize.rtn import rtn
 from klquant.recipe.decision import Decision
 from klquant.recipe.schema import Recipe
@@ -48,10 +48,10 @@ def with_prior(own: Moments, prior: Moments, tau: float) -> Moments:
     """Means of each expert's moments, shrunk toward the layer-wide means `prior`; the counts stay the expert's own."""
     mean = own.mean()
     return Moments(
-        hh=shrink(mean.hh, own.count, prior.hh, tau),
+        hh=shrink_(mean.hh, own.count, prior.hh, tau),
         weight=own.weight,
         count=own.count,
-        drift=None if mean.drift is None else shrink(mean.drift, own.count, prior.drift, tau),
+        drift=None if mean.drift is None else shrink_(mean.drift, own.count, prior.drift, tau),
     )
 
 
@@ -77,7 +77,8 @@ def fit_weight(
         h = moments.hh.expand(w.shape[0], -1, -1)
         seen = h.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         # An unseen input has no Hessian; the identity makes every algorithm minimize the plain weight error.
-        h = torch.where(seen[:, None, None], h, torch.eye(h.shape[-1], device=h.device))
+        if not bool(seen.all()):
+            h = torch.where(seen[:, None, None], h, torch.eye(h.shape[-1], device=h.device))
     size = ROWS if metric_NN is None else w.shape[1]
     pieces = [
         _run(w[:, start : start + size], h, decision, moments, recipe, slice(start, start + size), metric_NN)

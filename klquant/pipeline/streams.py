@@ -1,6 +1,7 @@
 """The residual streams of a run: where they live while a layer works on them, and their copies between units."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from klquant.pipeline.placement import Limits, place
 from klquant.pipeline.units import Units
 
 WINDOWS_A_COPY = 16
+# Pieces on their way at once. One thread moves 3 GB a second even into memory, and a layer that would change the
+# streams waits.
+COPIERS = 4
 
 
 class StreamStore:
@@ -103,10 +107,14 @@ class StreamStore:
 
 
 def _copy(source: Activations, target: Activations) -> None:
-    for start in range(0, len(source), WINDOWS_A_COPY):
+    def move(start: int) -> int:
         stop = min(start + WINDOWS_A_COPY, len(source))
         target.write(start, source.read(start, stop))
-        source.gate.passed(stop)
+        return stop
+
+    with ThreadPoolExecutor(COPIERS) as pool:
+        for stop in pool.map(move, range(0, len(source), WINDOWS_A_COPY)):
+            source.gate.passed(stop)
 
 
 def _whole(file, part: Activations) -> bool:

@@ -116,13 +116,14 @@ def _accumulate(total_MK: Tensor, a_TM: Tensor, b_TK: Tensor) -> None:
         total_MK.addmm_(a_TM.T, b_TK)
 
 
-def shrink(mean_EKK: Tensor, count_E: Tensor, prior_KK: Tensor, tau: float) -> Tensor:
+def shrink_(mean_EKK: Tensor, count_E: Tensor, prior_KK: Tensor, tau: float) -> Tensor:
     """(n_e Ĥ_e + τ Ĥ_all) / (n_e + τ): an expert's own statistics, held up by the layer's where it saw few tokens.
 
-    `count` is the number of tokens an expert saw; `prior` [K, K] or [E, K, K]. With n_e = 0 the result is the prior.
+    In place: a card has little room beside many Hessians. `count` is the number of tokens an expert saw; `prior` [K, K]
+    or [E, K, K]. With n_e = 0 the result is the prior.
     """
     share = (count_E / (count_E + tau).clamp_min(1e-12)).to(mean_EKK.dtype)[..., None, None]
-    return mean_EKK * share + prior_KK * (1 - share)
+    return mean_EKK.mul_(share).add_(prior_KK * (1 - share))
 
 
 def corrected_target(
@@ -140,7 +141,8 @@ def corrected_target(
     if missing_NK is not None:
         change += missing_NK
     level = damp * h_KK.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
-    damped = h_KK + torch.diag_embed(level[..., None].expand(h_KK.shape[:-1]))
+    damped = h_KK.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(level[..., None])
     factor, info = cholesky(damped)
     if bool((info > 0).any()):
         raise torch.linalg.LinAlgError("inputs' second moments are not positive definite for all their ridge")

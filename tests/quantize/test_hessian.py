@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from klquant.quantize.hessian import Moments, corrected_target, shrink
+from klquant.quantize.hessian import Moments, corrected_target, shrink_
 
 K, N, T = 12, 7, 500
 
@@ -35,9 +35,9 @@ def test_scaled_moments_are_those_of_scaled_inputs():
 
 def test_shrinkage_runs_from_the_prior_to_the_experts_own():
     own, prior = torch.ones(3, K, K), torch.zeros(K, K)
-    got = shrink(own, torch.tensor([0, 100, 10**9]), prior, tau=100)
+    got = shrink_(own.clone(), torch.tensor([0, 100, 10**9]), prior, tau=100)
     assert got[0].max() == 0 and got[1].mean() == 0.5 and got[2].min() > 0.999
-    assert torch.equal(shrink(own, torch.tensor([0, 5, 9]), prior, tau=0)[1:], own[1:])
+    assert torch.equal(shrink_(own.clone(), torch.tensor([0, 5, 9]), prior, tau=0)[1:], own[1:])
 
 
 def test_the_corrected_target_is_the_regression_of_what_was_wanted():

@@ -66,8 +66,8 @@ def round_block(
 
     d [E, K, N] FP32 in that order: the weight on entry (sweep) or w − ŵ (REVISE); w − ŵ on return.
     r [E, BLOCK, N] FP32; codes [E, K, N] int8 in the weight's own order; matrix [E, K, K] FP32, rows and columns in the
-    order given; order [E, K] int32 and the group of each of its columns; scale, zero [E, G, N] FP32; change [E, N]: what
-    REVISE adds to each row's loss.
+    order given; order [E, K] int32, group [E, K] int32: of each of these columns; scale, zero [E, G, N] FP32;
+    change [E, N]: what REVISE adds to each row's loss.
     """
     e = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -81,20 +81,20 @@ def round_block(
     if zero is not None:
         zero += e * groups * n
     matrix += e * matrix_stride + start * (k + 1)
-    acc = tl.load(
-        r + (e * BLOCK + columns[:, None]) * n + rows[None, :], mask=(columns < count)[:, None] & inside[None, :], other=0.0
-    )
+    valid = (columns < count)[:, None] & inside[None, :]
+    acc = tl.load(r + (e * BLOCK + columns[:, None]) * n + rows[None, :], mask=valid, other=0.0)
     moved = tl.zeros([ROWS], tl.float32)
-    # A column waits for the one before it, and for nothing else that takes long: what it needs from memory was asked for
-    # a step earlier (where it lies in the weight, two), its r but for the last change is read from the registers before
-    # that change is known, and divisors are inverted meanwhile.
+    # A column waits for the one before it, and for nothing else that takes long: what it needs from memory was asked
+    # for a step earlier (where it lies in the weight, two), its r but for the last change is read from the registers
+    # before that change is known, and divisors are inverted meanwhile.
     second = tl.minimum(1, count - 1)
     column, coming, coming_group = tl.load(order), tl.load(order + second), tl.load(group + second)
     x, s, z, code, push, onward, pivot = _load_column(
         d, codes, matrix, scale, zero, 0, column, tl.load(group), count, n, k, rows, inside, columns, REVISE
     )
     r_j = _row(acc, columns, 0)
-    for j in range(count):
+    # Two columns a turn: what a turn hands to the next is waited for at its end, here half as often.
+    for j in tl.range(count, loop_unroll_factor=2):
         x_, s_, z_, code_, push_, onward_, pivot_ = _load_column(
             d, codes, matrix, scale, zero, tl.minimum(j + 1, count - 1), coming, coming_group, count, n, k, rows,
             inside, columns, REVISE,
