@@ -8,6 +8,7 @@ and kind of layer, peak memory, bytes, and what follows for 27 layers. Layers of
 (9 GB in all) and each reads them from there, past the page cache.
 """
 
+import hashlib
 import re
 import resource
 import shutil
@@ -139,7 +140,8 @@ class Result:
         self.used = torch.cuda.max_memory_allocated(device) if cuda else 0
         self.card = torch.cuda.max_memory_reserved(device) if cuda else 0
         self.retries = torch.cuda.memory_stats(device)["num_alloc_retries"] if cuda else 0
-        self.hashes = {file: shard["sha256"] for file, shard in provenance["shards"].items()}
+        hashes = [f"{file} {shard['sha256']}" for file, shard in sorted(provenance["shards"].items())]
+        self.digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
 
     def by_kind(self, config: KimiLinearConfig) -> dict[str, dict[str, float]]:
         """Mean seconds by phase for each kind of layer, without the first of a kind, which builds kernels."""
@@ -170,6 +172,7 @@ class Result:
             f"  {traffic.read / 1e9:.1f} GB read, {traffic.written / 1e9:.1f} GB written; peaks: "
             f"{self.used / GIB:.2f} GiB in use and {self.card / GIB:.2f} GiB reserved on the card (torch), "
             f"{self.host / 1e9:.2f} GB on the host; {self.retries} times torch gave memory back to find room",
+            f"  SHA-256 of all shards' SHA-256: {self.digest}",
             f"  EXTRAPOLATED to {whole.num_layers} layers: {total:.0f} s = {total / 60:.1f} min ({parts})",
             *(f"  fallback: {line}" for line in self.clock.fallbacks[:3]),
         ]
@@ -218,14 +221,14 @@ def main(folder, layers, windows, window, recipes, gpu_memory, cpu_memory, kerne
               f"{shutil.disk_usage(folder).free / 1e9:.0f} GB of disk free", flush=True)  # fmt: skip
         limits = Limits(gpu=int(gpu_memory * GIB), cpu=None if cpu_memory is None else int(cpu_memory * 1e9))
         options, names = RunOptions(device=device, limits=limits), recipes.split(",")
-        hashes = {}
+        digests = {}
         for recipe in names + names[:1] * twice:
             result = run(reader, recipe, folder / "out", windows, window, options)
             print(table(result.by_kind(reader.config)), flush=True)
             summary += result.lines(reader.config, whole)
-            if recipe in hashes:
-                summary.append(f"{recipe}, twice: {'equal' if hashes[recipe] == result.hashes else 'DIFFERENT'} bytes")
-            hashes[recipe] = result.hashes
+            if recipe in digests:
+                summary.append(f"{recipe}, twice: {'equal' if digests[recipe] == result.digest else 'DIFFERENT'} bytes")
+            digests[recipe] = result.digest
         shutil.rmtree(folder / "out", ignore_errors=True)
     print("\nsummary", *summary, sep="\n")
 

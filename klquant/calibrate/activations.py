@@ -15,10 +15,11 @@ from klquant.errors import UserError
 
 
 class Gate:
-    """Keeps what changes windows behind what copies them, window by window. `waited`: seconds lost by that."""
+    """Keeps what changes windows behind what copies them, window by window. `waited`: seconds in which anybody did."""
 
     def __init__(self) -> None:
         self.waited = 0.0
+        self._waiting, self._since = 0, 0.0
         self._moved = Condition()
         self._passed = float("inf")
 
@@ -37,10 +38,14 @@ class Gate:
 
     def wait(self, windows: int) -> None:
         """Until the first `windows` may be changed."""
-        began = time.perf_counter()
         with self._moved:
+            if not self._waiting:
+                self._since = time.perf_counter()
+            self._waiting += 1
             self._moved.wait_for(lambda: self._passed >= windows)
-        self.waited += time.perf_counter() - began
+            self._waiting -= 1
+            if not self._waiting:
+                self.waited += time.perf_counter() - self._since
 
 
 class Activations:

@@ -1,15 +1,16 @@
 """An unfinished output folder: what is done, what it was made for, and how it becomes the finished one.
 
 While a run is under way everything lies in `OUT.unfinished`: finished shards under their final names, one
-`unit-NNN.json` for each finished unit (written last: it is the commit) and the residual streams that enter the next
-unit. Nothing there looks like a checkpoint: config.json and the index come when all units are done, and one rename
-makes the folder OUT.
+`unit-NNN.json` for each finished unit (written last: it is the commit) and the residual streams that enter one of the
+last units, where a resumed run begins. Nothing there looks like a checkpoint: config.json and the index come when
+all units are done, and one rename makes the folder OUT.
 """
 
 import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
@@ -146,6 +147,16 @@ class Journal:
     def stream(self, name: str, unit: int) -> Path:
         """File of the stream `name` as it enters `unit`."""
         return self.state / f"{name}-{unit:03d}.bin"
+
+    def start(self, names: list[str]) -> int:
+        """The unit that a run goes on with, given the names of its streams: the first that is not done, if no streams
+        are needed or those that enter it are there; else the last before it whose streams are, or that needs none."""
+        done, files = self.done, [path.stem.rpartition("-") for path in self.state.glob("*.bin")]
+        saved = Counter(int(unit) for name, _, unit in files if name in names and int(unit) <= done)
+        # The first layer's streams are made from the text.
+        return max(
+            [unit for unit, found in saved.items() if found == len(names)], default=min(done, 1 if names else done)
+        )
 
     def drop_streams(self, unit: int) -> None:
         """Delete the streams that entered units before `unit`: no resume needs them any more."""

@@ -30,7 +30,7 @@ from klquant.pipeline.finish import finish
 from klquant.pipeline.journal import Journal, Purpose
 from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices
 from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
-from klquant.pipeline.streams import StreamStore
+from klquant.pipeline.streams import StreamStore, stream_names
 from klquant.pipeline.text import draw_text, keep_text
 from klquant.pipeline.units import Progress, UnitResult, Units, names_read, units_of
 from klquant.recipe.decision import Decision
@@ -112,14 +112,19 @@ def _work(
     reader: CheckpointReader, plan: Plan, settings: WalkSettings, journal: Journal, shards: list[Shard],
     ids_WS: Tensor | None, limits: Limits, watcher: Watcher,
 ) -> None:  # fmt: skip
-    """Do the units that are not done yet. While one is at work, the next is read and the one before written."""
+    """Do the units that are not done yet, or whose streams were not kept. While one is at work, the next is read and the
+    one before written."""
     jobs, done = list(units_of(plan).items()), journal.done
-    watcher.begin([name for name, _ in jobs], done)
-    reads = [names_read(plan, name, decisions) for name, decisions in jobs[done:]]
+    start = done if done == len(jobs) else journal.start(stream_names(plan) if ids_WS is not None else [])
+    watcher.begin([name for name, _ in jobs], start)
+    if start < done:
+        again = ", ".join(name for name, _ in jobs[start:done])
+        watcher.note(f"{again}: done again, for the activations were last saved before")
+    reads = [names_read(plan, name, decisions) for name, decisions in jobs[start:]]
     written = 0
     with ExitStack() as held, Ahead(reader, reads, settings.device) as ahead, Behind() as behind:
         units, store = Units(reader, ahead, plan, settings), None
-        for number, (name, decisions) in enumerate(jobs[done:], done):
+        for number, (name, decisions) in enumerate(jobs[start:], start):
             if store is None and ids_WS is not None and number > 0:
                 store = held.enter_context(closing(StreamStore(units, journal, ids_WS, limits)))
                 store.load(number)
@@ -129,7 +134,7 @@ def _work(
             _require_sane(result)
             progress("writing", 1.0)
             behind.wait()
-            leaving = store if number + 1 < len(jobs) else None
+            leaving = store if store is not None and number + 1 < len(jobs) and store.due else None
             if leaving is not None:
                 leaving.hold()
             written += sum(tensor.nbytes for tensor in result.tensors.values())
@@ -167,7 +172,8 @@ def _put_away(
     journal: Journal, number: int, name: str, shards: list[Shard], result: UnitResult, store: StreamStore | None,
     watcher: Watcher,
 ) -> None:  # fmt: skip
-    """Make a unit safe: the streams that leave it, which the next unit waits for, its shards, then the mark."""
+    """Make a unit safe: the streams that leave it, if `store` is given (the next unit waits for that), its shards, then
+    the mark."""
     if store is not None:
         try:
             store.save(number + 1)
@@ -175,7 +181,8 @@ def _put_away(
             store.release()
     written = _write(journal.folder, shards, result)
     journal.commit(number, _record(name, result, written))
-    journal.drop_streams(number + 1)
+    if store is not None:
+        journal.drop_streams(number + 1)
     watcher.done(_summary(name, result, written))
 
 

@@ -1,6 +1,7 @@
 """The residual streams of a run: where they live while a layer works on them, and their copies between units."""
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,11 +15,21 @@ from klquant.model.forward import EMBEDDING
 from klquant.pipeline.journal import Journal
 from klquant.pipeline.placement import Limits, place
 from klquant.pipeline.units import Units
+from klquant.recipe.plan import Plan
 
 WINDOWS_A_COPY = 16
 # Pieces on their way at once. One thread moves 3 GB a second even into memory, and a layer that would change the
 # streams waits.
 COPIERS = 4
+# Share of a run's time that copies may take: a layer waits for the one under way. A resumed run does again what came
+# after the last, which at this share is a few layers on a GPU and none on a CPU.
+COPY_SHARE = 0.05
+
+
+def stream_names(plan: Plan) -> list[str]:
+    """The streams of a run, in the order in which they are made."""
+    corrects = plan.recipe.gptq.correction and any(d.algorithm == "gptq" for d in plan.decisions)
+    return ["quantized", "reference"] if corrects else ["quantized"]
 
 
 class StreamStore:
@@ -31,8 +42,7 @@ class StreamStore:
         """Raises UserError when a layer does not fit the memory: see `place`."""
         self.journal, self.ids = journal, ids_WS
         self.units = units
-        corrects = units.plan.recipe.gptq.correction and any(d.algorithm == "gptq" for d in units.plan.decisions)
-        names = ["quantized", "reference"] if corrects else ["quantized"]
+        names = stream_names(units.plan)
         width, dtype = units.reader.config.hidden_size, units.settings.dtype
         self.placement = place(units.reader.config, units.settings, *ids_WS.shape, len(names), limits)
         self.parts: dict[str, Activations] = {}
@@ -40,6 +50,7 @@ class StreamStore:
             path = journal.state / f"{name}.work" if self.placement.in_files else None
             pinned = units.settings.device.type == "cuda"
             self.parts[name] = Activations(*ids_WS.shape, width, dtype, path, pinned=pinned)
+        self._saved, self._took = time.monotonic(), 0.0
 
     @property
     def streams(self) -> Streams:
@@ -59,6 +70,11 @@ class StreamStore:
                 raise UserError(f"{file}: missing or cut short; delete {self.journal.folder} and start again")
             _copy(saved, part)
             saved.close()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a copy, by what the last one took."""
+        return COPY_SHARE * (time.monotonic() - self._saved) >= self._took
 
     def hold(self) -> None:
         """Let nobody change the streams before `save` has copied them, or `release` is called."""
@@ -80,6 +96,7 @@ class StreamStore:
         May run beside a layer: what it has copied can be changed. The reference stream, which a layer changes first, is
         copied first, and nobody waits for the disk before both are.
         """
+        began = time.monotonic()
         files = {name: self.journal.stream(name, unit) for name in reversed(self.parts)}
         halves = {name: file.with_name(f"{file.name}.half") for name, file in files.items()}
         copies = {}
@@ -100,6 +117,8 @@ class StreamStore:
                 copy.close()
             for half in filter(Path.exists, halves.values()):
                 half.unlink()
+        self._saved = time.monotonic()
+        self._took = self._saved - began
 
     def close(self) -> None:
         for part in self.parts.values():

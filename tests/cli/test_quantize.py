@@ -79,6 +79,7 @@ def test_a_pipe_gets_plain_lines(done, model):
 
 
 def test_a_run_is_gone_on_with(model, small, tmp_path, monkeypatch, done):
+    monkeypatch.setattr("klquant.pipeline.streams.COPY_SHARE", 1e9)  # after every layer
     out = tmp_path / "out"
     args = (model, "-o", out, "--recipe", small, "--device", "cpu")
     with monkeypatch.context() as patch:

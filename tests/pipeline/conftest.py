@@ -16,6 +16,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="package", autouse=True)
+def copies_of_streams():
+    """After every layer, however long they take: what a run leaves behind must not depend on the machine's speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("klquant.pipeline.streams.COPY_SHARE", 1e9)
+        yield
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """A model of two layers; read-only (copy it to change it)."""

@@ -19,6 +19,7 @@ import torch
 
 from klquant.calibrate.activations import Activations
 from klquant.checkpoint import writer
+from klquant.pipeline import streams
 from klquant.pipeline.report import Silent
 from tests.pipeline.build import run, short_model
 
@@ -87,6 +88,7 @@ def attempt(model: Path, out: Path, kill: list) -> int:
 def main(folder: Path, cases: dict[str, list[list]]) -> dict[str, list[int]]:
     torch.set_num_threads(1)
     os.fsync = lambda handle: None  # a killed process leaves the page cache as it is
+    streams.COPY_SHARE = 1e9  # a copy after every layer
     model = short_model(folder / "model")
     run(model, folder / "whole")
     return {

@@ -15,6 +15,7 @@ import klquant.calibrate.experts as experts
 import klquant.pipeline.run as pipeline
 from klquant.errors import UserError
 from klquant.pipeline.journal import Journal
+from klquant.pipeline.report import Silent
 from klquant.recipe.targets import TARGETS
 from tests.pipeline.build import RULES, TEXT, Stop, Stopped, digests, recipe, run, short_model, unfinished
 
@@ -81,6 +82,25 @@ def refused(out: Path, text: str, model: Path, *args, **options) -> None:
         run(model, out, *args, **options)
     assert "\n" not in str(error.value) and not out.exists()
     assert digests(unfinished(out)) == before
+
+
+@pytest.mark.parametrize(("lost", "again"), [(False, "layer 1"), (True, "layer 0, layer 1")])
+def test_what_came_after_the_last_copy_is_done_again(model, tmp_path, monkeypatch, whole_digests, lost, again):
+    """Time for one copy only, after the first layer; or not even that one is left."""
+    monkeypatch.setattr("klquant.pipeline.streams.COPY_SHARE", 0)
+    out, notes = tmp_path / "out", []
+    with pytest.raises(Stopped):
+        run(model, out, watcher=Stop("head"))
+    state = unfinished(out) / ".state"
+    assert sorted(path.name for path in state.glob("*.bin")) == ["quantized-002.bin", "reference-002.bin"]
+    if lost:
+        (state / "reference-002.bin").unlink()
+    watcher = Silent()
+    watcher.note, watcher.begin = notes.append, lambda names, finished: notes.append(names[finished])
+    run(model, out, watcher=watcher, resume=True)
+    assert notes[0] == again.split(",")[0]
+    assert f"{again}: done again, for the activations were last saved before" in notes
+    assert digests(out) == whole_digests
 
 
 def test_a_stopped_run_looks_like_nothing_whole(stopped):
