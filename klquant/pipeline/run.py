@@ -28,11 +28,12 @@ from klquant.pipeline.ahead import Ahead
 from klquant.pipeline.behind import Behind
 from klquant.pipeline.finish import finish
 from klquant.pipeline.journal import Journal, Purpose
+from klquant.pipeline.landing import Landing
 from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices
 from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
 from klquant.pipeline.streams import StreamStore, stream_names
 from klquant.pipeline.text import draw_text, keep_text
-from klquant.pipeline.units import Progress, UnitResult, Units, names_read, units_of
+from klquant.pipeline.units import Progress, UnitResult, Units, names_read, packed_bytes, units_of
 from klquant.recipe.decision import Decision
 from klquant.recipe.plan import Plan
 
@@ -112,8 +113,8 @@ def _work(
     reader: CheckpointReader, plan: Plan, settings: WalkSettings, journal: Journal, shards: list[Shard],
     ids_WS: Tensor | None, limits: Limits, watcher: Watcher,
 ) -> None:  # fmt: skip
-    """Do the units that are not done yet, or whose streams were not kept. While one is at work, the next is read and the
-    one before written."""
+    """Do the units that are not done, or whose streams were not kept. While one is at work, the next is read and the
+    last written."""
     jobs, done = list(units_of(plan).items()), journal.done
     start = done if done == len(jobs) else journal.start(stream_names(plan) if ids_WS is not None else [])
     watcher.begin([name for name, _ in jobs], start)
@@ -122,8 +123,14 @@ def _work(
         watcher.note(f"{again}: done again, for the activations were last saved before")
     reads = [names_read(plan, name, decisions) for name, decisions in jobs[start:]]
     written = 0
-    with ExitStack() as held, Ahead(reader, reads, settings.device) as ahead, Behind() as behind:
-        units, store = Units(reader, ahead, plan, settings), None
+    most = max((packed_bytes(decisions) for _, decisions in jobs[start:]), default=0)
+    with (
+        ExitStack() as held,
+        Ahead(reader, reads, settings.device) as ahead,
+        Landing(most, settings.devices) as landing,
+        Behind() as behind,
+    ):
+        units, store = Units(reader, ahead, landing, plan, settings), None
         for number, (name, decisions) in enumerate(jobs[start:], start):
             if store is None and ids_WS is not None and number > 0:
                 store = held.enter_context(closing(StreamStore(units, journal, ids_WS, limits)))

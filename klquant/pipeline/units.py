@@ -17,6 +17,7 @@ from klquant.model.forward import EMBEDDING, FINAL_NORM, HEAD
 from klquant.model.norm import rms_norm
 from klquant.model.weights import LayerWeights
 from klquant.pipeline.ahead import Ahead
+from klquant.pipeline.landing import Landing, room
 from klquant.quantize.hessian import Moments
 from klquant.recipe.decision import Decision, stored_tensors
 from klquant.recipe.plan import Plan
@@ -34,6 +35,11 @@ def names_read(plan: Plan, name: str, decisions: list[Decision]) -> list[str]:
     if name == "head":
         return [] if plan[HEAD].spec is None else [FINAL_NORM, HEAD]
     return [d.key.name for d in decisions]
+
+
+def packed_bytes(decisions: list[Decision]) -> int:
+    """Room for the packed weights of a unit."""
+    return room(part.nbytes for d in decisions if d.spec is not None for part in stored_tensors(d))
 
 
 def units_of(plan: Plan) -> dict[str, list[Decision]]:
@@ -58,11 +64,12 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class Units:
-    """Works on the units of one plan, in turn. `settings` says where; `reader` is the BF16 checkpoint, and `ahead` has
-    read what a unit asks for (`names_read`)."""
+    """Works on the units of one plan, in turn. `settings` says where; `reader` is the BF16 checkpoint, `ahead` has read
+    what a unit asks for (`names_read`), and its packed weights arrive in `landing`, with room for `packed_bytes`."""
 
     reader: CheckpointReader
     ahead: Ahead
+    landing: Landing
     plan: Plan
     settings: WalkSettings
 
@@ -135,17 +142,19 @@ class Units:
     def _pack(self, decisions: list[Decision], result: LayerResult) -> UnitResult:
         """Stored tensors of a unit: packed where a grid was made, else as they were or as a folding left them."""
         tensors: dict[str, Tensor] = {}
+        self.landing.turn()
         for d in decisions:
             name = d.key.name
             if d.spec is not None:
                 packed = compress(d.key.module, result.quantized.pop(d.key.module))
-                tensors |= {part: tensor.to("cpu") for part, tensor in packed.items()}
+                tensors |= {part: self.landing.bring(tensor) for part, tensor in packed.items()}
             elif name in result.changed:
                 # Scales are powers of two, so going back to the stored dtype loses nothing.
                 tensors[name] = result.changed[name].to("cpu", DTYPES[d.dtype]).view(d.shape)
             else:
                 tensors[name] = self.reader.read(name)
                 self.reader.require_finite(name, tensors[name])
+        self.landing.settle()
         planned = {s.name: s.nbytes for d in decisions for s in stored_tensors(d)}
         assert {name: t.nbytes for name, t in tensors.items()} == planned, "output differs from the plan"
         return UnitResult(tensors, result.records, result.expert_tokens, result.fallbacks)

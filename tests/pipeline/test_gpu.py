@@ -6,6 +6,7 @@ import torch
 from klquant.calibrate import experts
 from klquant.calibrate.activations import Activations, feed
 from klquant.checkpoint.verify import verify
+from klquant.pipeline.landing import Landing, room
 from tests.pipeline.build import RULES, TEXT, Stop, Stopped, recipe, run, weights
 from tests.recipe.build import WIDE
 from tests.tiny import tiny_checkpoint
@@ -69,3 +70,17 @@ def test_slices_do_not_pile_up_before_a_busy_card():
     most = torch.cuda.memory_stats(device)["active_bytes.all.peak"] - before
     stream.close()
     assert most <= 3 * stream.nbytes // 16
+
+
+def test_a_unit_lands_beside_the_one_being_written():
+    device = torch.device("cuda")
+    units = [[torch.arange(n + start, device=device) for n in (1, 1000, 7)] for start in (0, 5)]
+    with Landing(room(x.nbytes for x in units[1]), [device]) as landing:
+        landed = []
+        for unit in units:
+            landing.turn()
+            landed.append([landing.bring(x) for x in unit])
+            landing.settle()
+        for unit, copies in zip(units, landed, strict=True):
+            for x, copy in zip(unit, copies, strict=True):
+                assert not copy.is_cuda and torch.equal(x.cpu(), copy)
