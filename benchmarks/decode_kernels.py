@@ -191,9 +191,9 @@ def write_case(tokens: int, stored: str) -> Case:
 
 
 def norm_case(tokens: int) -> Case:
-    nbytes = 2 * 4 * tokens * HIDDEN
+    nbytes = (4 + 2 + 4 + 2) * tokens * HIDDEN
     copies = copies_for(nbytes)
-    h, delta, weight = bf16(copies, tokens, HIDDEN), bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
+    h, delta, weight = bf16(copies, tokens, HIDDEN).float(), bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
 
     def check() -> float:
         total, normed = add_rms_norm(h[0], delta[0], weight, EPS)
@@ -205,17 +205,17 @@ def norm_case(tokens: int) -> Case:
 
 def parts_case(tokens: int, apart: bool) -> Case:
     """A norm that adds up what the experts made of a token, or has it added up before."""
-    nbytes = 2 * tokens * HIDDEN * (TOP + 4)
+    nbytes = tokens * HIDDEN * (2 * (TOP + 1) + 4 + 4 + 2)
     copies = copies_for(nbytes)
-    h, weight = bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
+    h, weight = bf16(copies, tokens, HIDDEN).float(), bf16(HIDDEN)
     parts = [Parts(bf16(tokens, TOP, HIDDEN), bf16(tokens, HIDDEN)) for _ in range(copies)]
 
     def run(i: int) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(h[i], added_up(parts[i], torch.bfloat16) if apart else parts[i], weight, EPS)
+        return add_rms_norm(h[i], added_up(parts[i], torch.float32) if apart else parts[i], weight, EPS)
 
     def check() -> float:
         total, normed = run(0)
-        assert torch.equal(total, h[0] + added_up(parts[0], torch.bfloat16))
+        assert torch.equal(total, h[0] + added_up(parts[0], torch.float32))
         return error(normed, norm_reference.rms_norm(total.double(), weight.double(), EPS))
 
     return Case(f"norm of parts{', apart' if apart else ''}", tokens, 0, run, copies, check, nbytes)
@@ -224,9 +224,9 @@ def parts_case(tokens: int, apart: bool) -> Case:
 def low_case(tokens: int, fused: bool) -> Case:
     """A norm and what KDA's gates and b read of it."""
     rows = 2 * LOW + HEADS
-    nbytes = 2 * rows * HIDDEN + 2 * 4 * tokens * HIDDEN
+    nbytes = 2 * rows * HIDDEN + (4 + 2 + 4 + 2) * tokens * HIDDEN
     copies = copies_for(nbytes)
-    h, delta, weight = bf16(copies, tokens, HIDDEN), bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
+    h, delta, weight = bf16(copies, tokens, HIDDEN).float(), bf16(copies, tokens, HIDDEN), bf16(HIDDEN)
     proj = bf16(copies, rows, HIDDEN, scale=HIDDEN**-0.5)
 
     def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,17 +288,17 @@ def router_case(tokens: int, how: str, tile: RouterTile | None = None) -> Case:
     """
     nbytes = 4 * EXPERTS * HIDDEN + 2 * tokens * HIDDEN
     copies = copies_for(nbytes)
-    h, norm, bias = bf16(tokens, HIDDEN), 1 + bf16(HIDDEN, scale=0.1), torch.randn(EXPERTS, device="cuda") * 0.1
-    maps = torch.randn(copies, EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5
+    h, norm, bias = bf16(tokens, HIDDEN).float(), 1 + bf16(HIDDEN, scale=0.1), torch.randn(EXPERTS, device="cuda") * 0.1
+    delta, maps = bf16(tokens, HIDDEN), torch.randn(copies, EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5
     turn = torch.empty(tokens, device="cuda", dtype=torch.int32)
 
     def run(i: int) -> tuple[Tensor, ...]:
         from klquant.kernels.moe import router
 
         choice = maps[i], bias, TOP, SCALING, True
-        _, x = add_rms_norm(h, h, norm, EPS, turn)
+        _, x = add_rms_norm(h, delta, norm, EPS, turn)
         if how == "fused":
-            return router.add_rms_norm_route(h, h, norm, EPS, *choice, turn, tile)[1:]
+            return router.add_rms_norm_route(h, delta, norm, EPS, *choice, turn, tile)[1:]
         return x, *router.route_tokens(x, *choice, None if how == "two" else turn, tile)
 
     def check() -> float:

@@ -11,7 +11,7 @@ __all__ = ["L2_EPS", "LATENT_EPS", "gated_rms_norm", "l2_norm", "rms_norm", "wid
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight over the last dimension; the quotient is rounded to x's dtype before the product."""
+    """x / rms(x) · weight over the last dimension, in weight's dtype; the quotient is rounded to x's first."""
     if not fused.serves(x):
         return reference.rms_norm(x, weight, eps)
     return add_rms_norm(x.flatten(0, -2), None, weight, eps)[1].view(x.shape)

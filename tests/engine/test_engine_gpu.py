@@ -121,7 +121,7 @@ def test_the_testbed_agrees_with_transformers(testbed):
     """Top-1 agreement of BF16 engine steps with transformers in FP32, along the engine's own greedy text."""
     engine = Engine.from_pretrained(testbed, devices="cuda:0", max_context=1024, max_batch=8, cache_tokens=8192)
     reference = oracle(testbed).cuda()
-    texts = [engine.tokenizer.decode(torch.randint(10, 2000, (20,)).tolist()) for _ in range(8)]
+    texts = [engine.tokenizer.decode(torch.randint(10, 2000, (20,)).tolist()) for _ in range(32)]
     same = total = 0
     for text, answer in zip(texts, engine.generate(texts, replace(GREEDY, max_new_tokens=256)), strict=True):
         ids = engine.encode(text)

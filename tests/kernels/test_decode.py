@@ -127,6 +127,14 @@ def test_add_rms_norm_is_the_models():
     assert torch.equal(add_rms_norm(h, None, weight, 1e-5)[1], rms_norm(h, weight, 1e-5))
 
 
+def test_a_wide_stream_is_rounded_in_the_norm_only():
+    torch.manual_seed(0)
+    h, delta, weight = torch.randn(5, 24), torch.randn(5, 24).bfloat16(), torch.rand(24).bfloat16()
+    total, normed = add_rms_norm(h, delta, weight, 1e-5)
+    assert torch.equal(total, h + delta.float()) and normed.dtype == torch.bfloat16
+    assert torch.equal(normed, rms_norm(h + delta.float(), weight.float(), 1e-5).bfloat16())
+
+
 def test_route_tokens_is_the_models(layers):
     cfg, layer, _ = layers
     x = torch.randn(9, cfg.hidden_size).bfloat16()

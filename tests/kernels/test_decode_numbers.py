@@ -55,6 +55,10 @@ def to_device(*tensors: Tensor) -> list[Tensor]:
     return [t.to(DEVICE) for t in tensors]
 
 
+# The stream is as wide as the activations or, as in the engine, FP32.
+streams = pytest.mark.parametrize(("stream", "dtype"), [*((d, d) for d in DTYPES), (torch.float32, DTYPES[0])])
+
+
 def strided(x: Tensor, extra: int = 8) -> Tensor:
     """The same rows with NaN between them."""
     wide = torch.full((len(x), x.shape[1] + extra), NAN).to(x.dtype)
@@ -62,13 +66,14 @@ def strided(x: Tensor, extra: int = 8) -> Tensor:
     return wide.to(DEVICE)[:, : x.shape[1]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@streams
 @pytest.mark.parametrize("width", [40, 300])
-def test_add_rms_norm(width, dtype):
+def test_add_rms_norm(width, stream, dtype):
     h, delta, weight = (torch.randn(*s).to(dtype) for s in ((5, width), (5, width), (width,)))
+    h = torch.randn(5, width).to(stream)
     want, _ = norm_reference.add_rms_norm(h, delta, weight, 1e-5)
     total, normed = norm_triton.add_rms_norm(strided(h), strided(delta), weight.to(DEVICE), 1e-5)
-    assert torch.equal(total.cpu(), want)
+    assert torch.equal(total.cpu(), want) and (total.dtype, normed.dtype) == (stream, dtype)
     exact = norm_reference.rms_norm(total.cpu().double(), weight.double(), 1e-5)
     assert error(normed, exact) < LIMIT[dtype]
     alone, normed = norm_triton.add_rms_norm(strided(h), None, weight.to(DEVICE), 1e-5)
@@ -76,32 +81,34 @@ def test_add_rms_norm(width, dtype):
     assert error(normed, norm_reference.rms_norm(h.double(), weight.double(), 1e-5)) < LIMIT[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@streams
 @pytest.mark.parametrize("with_shared", [True, False])
 @pytest.mark.parametrize("wide", [True, False])
-def test_a_delta_in_parts_is_their_sum(wide, with_shared, dtype):
-    h, weight, shared = torch.randn(5, 72).to(dtype), torch.randn(72).to(dtype), torch.randn(5, 72).to(dtype)
+def test_a_delta_in_parts_is_their_sum(wide, with_shared, stream, dtype):
+    h, weight, shared = torch.randn(5, 72).to(stream), torch.randn(72).to(dtype), torch.randn(5, 72).to(dtype)
     routed = torch.randn(5, 3, 72).to(torch.float32 if wide else dtype)
     parts = Parts(routed.to(DEVICE), shared.to(DEVICE) if with_shared else None)
-    added = moe_triton.combine(parts, dtype)
-    exact = routed.double().sum(1) + (shared.double() if with_shared else 0)
-    assert torch.equal(added.cpu(), exact.to(dtype))
+    added = moe_triton.combine(parts, stream)
+    if stream == dtype:
+        exact = routed.double().sum(1) + (shared.double() if with_shared else 0)
+        assert torch.equal(added.cpu(), exact.to(dtype))
     got, want = (norm_triton.add_rms_norm(strided(h), delta, weight.to(DEVICE), 1e-5) for delta in (parts, added))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@streams
 @pytest.mark.parametrize(("tokens", "width", "rows"), [(1, 1100, 5), (3, 40, 7)])
-def test_add_rms_norm_linear(tokens, width, rows, dtype):
+def test_add_rms_norm_linear(tokens, width, rows, stream, dtype):
     """Sum and norm are the norm kernel's, the map is exact but for its last rounding."""
     h, delta, weight = (torch.randn(*s).to(dtype) for s in ((tokens, width), (tokens, width), (width,)))
+    h = torch.randn(tokens, width).to(stream)
     proj = (torch.randn(rows, width) / width**0.5).to(dtype)
     parts = Parts(torch.randn(tokens, 3, width, device=DEVICE))
     for beside in (strided(delta), parts, None):
         args = strided(h), beside, weight.to(DEVICE), 1e-5
         total, normed, out = norm_triton.add_rms_norm_linear(*args, proj.to(DEVICE))
         want_total, want = norm_triton.add_rms_norm(*args)
-        assert torch.equal(total, want_total)
+        assert torch.equal(total, want_total) and out.dtype == dtype
         assert error(normed, want.cpu().double()) < LIMIT[dtype]
         assert error(out, normed.cpu().double() @ proj.double().T) < LIMIT[dtype]
 
@@ -331,11 +338,12 @@ def test_tiles_of_the_router(tile):
     check_routes(router.route_tokens(*args), x, weights, bias, 3, True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@streams
 @pytest.mark.parametrize("tokens", [1, 3, 4])
-def test_add_rms_norm_route(tokens, dtype):
+def test_add_rms_norm_route(tokens, stream, dtype):
     """Sum and norm are the norm kernel's, and the choice is made from that norm."""
     h, weights, bias = routing_case(tokens, 37, 1100, dtype)
+    h = torch.randn(tokens, 1100).to(stream)
     delta, norm = torch.randn(tokens, 1100).to(dtype), torch.randn(1100).to(dtype)
     for beside in (strided(delta), None):
         args, turn = (strided(h), beside, norm.to(DEVICE), 1e-5), torch.full((tokens,), 7, dtype=torch.int32)
@@ -363,7 +371,7 @@ def test_equal_experts_go_by_index(turn):
 def test_a_captured_router_counts_anew(tokens):
     """Replays choose as two launches do, from whatever program is last, and repeat their bits."""
     _, weights, bias = to_device(*routing_case(tokens, 256, 2304, torch.bfloat16))
-    h, norm = to_device(torch.randn(tokens, 2304).bfloat16(), torch.ones(2304).bfloat16())
+    h, norm = to_device(torch.randn(tokens, 2304), torch.ones(2304).bfloat16())
     turn = torch.empty(tokens, dtype=torch.int32, device=DEVICE)
 
     def step():

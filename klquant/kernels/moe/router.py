@@ -201,7 +201,7 @@ def add_rms_norm_route(
     (tokens, width), experts = h_TC.shape, len(router_EC)
     weight, expert = _routes(tokens, top, h_TC.device)
     logits = torch.empty(tokens, experts, device=h_TC.device, dtype=torch.float32)
-    total, normed = sum_and_norm(h_TC, delta_TC)
+    total, normed = sum_and_norm(h_TC, delta_TC, norm_C.dtype)
     delta, delta_stride, delta_rows, _ = addends(delta_TC)
     tile = tile or norm_router_tile(tokens)
     assert tile.tokens >= tokens, "a program has all tokens"

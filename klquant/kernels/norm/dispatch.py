@@ -13,10 +13,11 @@ FEW_TOKENS = 4
 def add_rms_norm(
     h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, turn_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(h + delta, rms_norm(h + delta)), each [T, C] in h's dtype: one launch. Without a delta the first is h itself.
+    """(h + delta, rms_norm(h + delta)), each [T, C]: one launch. Without a delta the first is h itself.
 
-    On a CUDA device delta may be in parts, which gives the same bits as their sum, and `turn_T` is set to 0, where a
-    later launch counts its programs.
+    The sum is of h's dtype, which may be wider than the weight's, that of the norm. On a CUDA device
+    delta may be in parts, which gives the same bits as their sum, and `turn_T` is set to 0, where a later launch counts
+    its programs.
     """
     if not h_TC.is_cuda:
         return reference.add_rms_norm(h_TC, delta_TC, weight_C, eps)
@@ -45,7 +46,7 @@ def add_rms_norm_linear(
     proj_NC: Tensor,
     turn_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(h + delta, its norm, norm · projᵀ [T, N]) with a contiguous map in h's dtype: one launch for few tokens.
+    """(h + delta, its norm, norm · projᵀ [T, N]) with a contiguous map in the norm's dtype: one launch for few tokens.
 
     Every program makes the norm anew, so the map has to be small. `turn_T` as in `add_rms_norm`.
     """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Parts:
-    """A sum [T, C] not yet made, Σ_r rows[:, r] + beside: in FP32, in this order, rounded once to the stream's type."""
+    """A sum [T, C] not yet made, Σ_r rows[:, r] + beside: in FP32, in this order, rounded once to the stream's."""
 
     rows_TRC: Tensor
     beside_TC: Tensor | None = None

@@ -9,13 +9,14 @@ L2_EPS = 1e-6
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · weight over the last dimension. The quotient is rounded to x's dtype before the product."""
+    """x / rms(x) · weight over the last dimension, in weight's dtype; x's, to which the quotient is rounded, may be
+    wider."""
     wide = widen(x)
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)).to(weight.dtype)
 
 
 def add_rms_norm(h_TC: Tensor, delta_TC: Tensor | None, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(h + delta, rms_norm(h + delta)), the sum rounded to h's dtype; without a delta h itself."""
+    """(h + delta, rms_norm(h + delta)) in h's and weight's dtype; without a delta h itself."""
     if delta_TC is not None:
         h_TC = h_TC + delta_TC
     return h_TC, rms_norm(h_TC, weight_C, eps)

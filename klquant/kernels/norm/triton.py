@@ -25,7 +25,7 @@ def add_rms_norm_kernel(
 ):  # fmt: skip
     """total [T, width] = h + delta, unless there is no delta, and its norm; grid (tokens,). `turn` [T] is set to 0.
 
-    ROWS > 0: a token's delta is so many rows and `beside`'s one, if any.
+    ROWS > 0: a token's delta is so many rows and `beside`'s one, if any. h and total may be wider than normed.
     """
     DTYPE: tl.constexpr = h.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
@@ -47,7 +47,7 @@ def add_rms_norm_kernel(
     if turn is not None:
         tl.store(turn + token, 0)
     y = normalize(x.to(tl.float32), w, width, eps, DTYPE)
-    tl.store(normed + token * width + c, y.to(DTYPE), mask=inside)
+    tl.store(normed + token * width + c, y.to(normed.dtype.element_ty), mask=inside)
 
 
 def add_rms_norm(
@@ -55,7 +55,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(h + delta, its norm). Rows of h and of a delta that is not in parts may be strided."""
     tokens, width = h_TC.shape
-    total, normed = sum_and_norm(h_TC, delta_TC)
+    total, normed = sum_and_norm(h_TC, delta_TC, weight_C.dtype)
     delta, delta_stride, rows, beside = addends(delta_TC)
     block = triton.next_power_of_2(width)
     add_rms_norm_kernel[(tokens,)](
@@ -116,6 +116,7 @@ def norm_product(
 ):  # fmt: skip
     """norm · projᵀ [BN, BT] FP32 of a program's BN rows; each program makes the norm, one stores it."""
     DTYPE: tl.constexpr = h.dtype.element_ty
+    NORMED: tl.constexpr = normed.dtype.element_ty
     # All are [BN, BT, BC], of which a weight or a token has one: alike in registers, so that nothing moves.
     n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None, None]
     t = tl.arange(0, BT)[None, :, None]
@@ -152,7 +153,7 @@ def norm_product(
     acc = tl.zeros([BN, BT, BC], tl.float32)
     for i in tl.static_range(CHUNKS):
         quotient = (x[i].to(tl.float32) * factor).to(DTYPE).to(tl.float32)
-        y = (quotient * scale[i].to(tl.float32)).to(DTYPE)
+        y = (quotient * scale[i].to(tl.float32)).to(NORMED)
         acc += w[i].to(tl.float32) * y.to(tl.float32)
         if tl.program_id(0) == 0:
             to = t * width + i * BC + c
@@ -188,9 +189,9 @@ def add_rms_norm_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(h + delta, its norm, norm · projᵀ) of few tokens. Parts have nothing beside them."""
     (tokens, width), rows = h_TC.shape, len(proj_NC)
-    total, normed = sum_and_norm(h_TC, delta_TC)
+    total, normed = sum_and_norm(h_TC, delta_TC, weight_C.dtype)
     delta, delta_stride, delta_rows, _ = addends(delta_TC)
-    out = torch.empty(tokens, rows, dtype=h_TC.dtype, device=h_TC.device)
+    out = torch.empty(tokens, rows, dtype=proj_NC.dtype, device=h_TC.device)
     block = min(1024, triton.next_power_of_2(width))
     norm_linear_kernel[(triton.cdiv(rows, LINEAR_ROWS),)](
         h_TC, h_TC.stride(0), delta, delta_stride, weight_C, proj_NC, total, normed, turn_T, out, tokens, width, rows,
@@ -200,7 +201,7 @@ def add_rms_norm_linear(
     return h_TC if total is None else total, normed, out
 
 
-def sum_and_norm(h_TC: Tensor, delta_TC: Tensor | Parts | None) -> tuple[Tensor | None, Tensor]:
-    """Where a norm's kernel writes h + delta, if there is a delta, and its norm."""
-    normed = torch.empty(h_TC.shape, dtype=h_TC.dtype, device=h_TC.device)
-    return None if delta_TC is None else torch.empty_like(normed), normed
+def sum_and_norm(h_TC: Tensor, delta_TC: Tensor | Parts | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Where a norm's kernel writes h + delta, if there is a delta, and its norm in `dtype`."""
+    total, normed = (torch.empty(h_TC.shape, dtype=kind, device=h_TC.device) for kind in (h_TC.dtype, dtype))
+    return None if delta_TC is None else total, normed

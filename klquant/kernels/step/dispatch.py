@@ -24,7 +24,7 @@ def advance(slot_B: Tensor, length_N: Tensor, table_NM: Tensor) -> tuple[Tensor,
 
 
 def embed_next(token_N: Tensor, index_B: Tensor, embedding_VC: Tensor) -> Tensor:
-    """Embeddings [B, C] of the tokens int64 at `index_B`, one launch. A token of −1 gets any row."""
+    """Embeddings [B, C] FP32 of the tokens int64 at `index_B`, one launch. A token of −1 gets any row."""
     if not embedding_VC.is_cuda:
         return reference.embed_next(token_N, index_B, embedding_VC)
     from klquant.kernels.step import triton

@@ -21,4 +21,4 @@ def advance(slot_B: Tensor, length_N: Tensor, table_NM: Tensor) -> tuple[Tensor,
 
 def embed_next(token_N: Tensor, index_B: Tensor, embedding_VC: Tensor) -> Tensor:
     """`klquant.kernels.step.dispatch.embed_next`."""
-    return F.embedding(token_N[index_B].clamp_min(0), embedding_VC)
+    return F.embedding(token_N[index_B].clamp_min(0), embedding_VC).float()

@@ -41,7 +41,7 @@ def embed_kernel(token, index, embedding, out, width, BLOCK: tl.constexpr):
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     which = tl.maximum(tl.load(token + tl.load(index + row)), 0)
     x = tl.load(embedding + which * width + c, mask=c < width)
-    tl.store(out + row * width + c, x, mask=c < width)
+    tl.store(out + row * width + c, x.to(tl.float32), mask=c < width)
 
 
 def advance(slot_B: Tensor, length_N: Tensor, table_NM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,6 +60,6 @@ def advance(slot_B: Tensor, length_N: Tensor, table_NM: Tensor) -> tuple[Tensor,
 def embed_next(token_N: Tensor, index_B: Tensor, embedding_VC: Tensor) -> Tensor:
     """One launch. The embedding is contiguous."""
     rows, width = len(index_B), embedding_VC.shape[1]
-    out = torch.empty(rows, width, dtype=embedding_VC.dtype, device=embedding_VC.device)
+    out = torch.empty(rows, width, dtype=torch.float32, device=embedding_VC.device)
     embed_kernel[(rows, triton.cdiv(width, BLOCK))](token_N, index_B, embedding_VC, out, width, BLOCK=BLOCK)
     return out
