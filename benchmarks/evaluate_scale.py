@@ -3,14 +3,15 @@
     python -m benchmarks.evaluate_scale FOLDER       # 9 layers at full width, 128 × 2,048 tokens, 20 GiB; 9 GB of disk
 
 A checkpoint of noise, the first layers of the 48B, is written into FOLDER (or found there) and passed as `klquant eval`
-passes a reference that does not fit: a layer read, all windows of a round through it, the next one; then head, top
-tokens and samples of every distribution. Before that a batch passes the first layer of each kind, which builds and
-tunes kernels. Seconds by layer and by kind of layer, peak memory, and what follows for 27 layers.
+passes a reference that does not fit: a layer read, all windows of a round through it, the next one read meanwhile; then
+head, top tokens and samples of every distribution. Before that a batch passes the first layer of each kind, which
+builds and tunes kernels. Seconds by layer and by kind of layer, peak memory, and what follows for 27 layers.
 """
 
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -29,32 +30,36 @@ from klquant.model.weights import LayerWeights
 
 
 class TimedRunner(Runner):
-    """A runner that says how long each layer took, each time it was read: that, and passing windows through it."""
+    """A runner that says of each layer, each time it was read, how long that took, how long the windows waited for it
+    and how long they took to pass."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.resident = False  # as the whole model would be read
-        self.rows: list[list] = []  # layer, seconds of reading, seconds of passing
-        self.said = 0
+        self.rows: list[tuple[int, float, float, float]] = []  # layer, seconds of reading, waiting and passing
+        self._read: dict[int, float] = {}
 
     def layer(self, layer: int) -> LayerWeights:
-        self.say()
         began = self._now()
         w = super().layer(layer)
-        self.rows.append([layer, self._now() - began, 0.0])
+        self._read[layer] = self._now() - began
         return w
 
-    def _pass(self, w: LayerWeights, layer: int, batch: trace.Trace) -> None:
-        began = self._now()
-        super()._pass(w, layer, batch)
-        self.rows[-1][2] += self._now() - began
+    def each_layer(self, work: Callable[[int, LayerWeights], None]) -> None:
+        since = self._now()
 
-    def say(self) -> None:
-        """Print the layers that are done and were not printed yet."""
-        for layer, reading, passing in self.rows[self.said :]:
-            kind = kind_of(self.config, layer)
-            print(f"  layer {layer} ({kind}): reading {reading:.2f} s, passing {passing:.2f} s", flush=True)
-        self.said = len(self.rows)
+        def timed(layer: int, w: LayerWeights) -> None:
+            nonlocal since
+            began = self._now()
+            work(layer, w)
+            ended = self._now()
+            row = layer, self._read[layer], began - since, ended - began
+            self.rows.append(row)
+            kind, since = kind_of(self.config, layer), ended
+            print("  layer {} ({}): reading {:.2f} s, waiting {:.2f} s, passing {:.2f} s".format(layer, kind, *row[1:]),
+                  flush=True)  # fmt: skip
+
+        super().each_layer(timed)
 
     def warm_up(self, ids_BS: torch.Tensor) -> None:
         """A batch through the first layer of each kind."""
@@ -64,24 +69,22 @@ class TimedRunner(Runner):
             with torch.no_grad():
                 self._pass(w, kinds.index(kind), trace.Trace(list(range(len(ids_BS))), self._embed(ids_BS)))
             del w
-        self.say()
-        self.rows.clear()
-        self.said = 0
 
     def _now(self) -> float:
+        """When the work of this thread is done."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter()
 
 
-def by_kind(config: KimiLinearConfig, rows: list[list]) -> dict[str, tuple[float, float]]:
-    """Mean seconds that reading and passing a layer of each kind took, all its rounds together."""
-    sums = defaultdict(lambda: [0.0, 0.0])
-    for layer, reading, passing in rows:
-        sums[kind_of(config, layer)][0] += reading
-        sums[kind_of(config, layer)][1] += passing
+def by_kind(config: KimiLinearConfig, rows: list[tuple[int, float, float, float]]) -> dict[str, list[float]]:
+    """Mean seconds of reading, waiting and passing of a layer of each kind, all its rounds together."""
+    sums = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for layer, *seconds in rows:
+        kind = kind_of(config, layer)
+        sums[kind] = [a + b for a, b in zip(sums[kind], seconds, strict=True)]
     layers = Counter(kind_of(config, layer) for layer in range(config.num_layers))
-    return {kind: (reading / layers[kind], passing / layers[kind]) for kind, (reading, passing) in sums.items()}
+    return {kind: [total / layers[kind] for total in totals] for kind, totals in sums.items()}
 
 
 @click.command(help=__doc__)
@@ -118,7 +121,6 @@ def main(folder, layers, windows, window, gpu_memory, device, small):
     head, began = 0.0, time.perf_counter()
     with HostPeak() as host:
         for batch in runner.run(ids_WS, runner.batches(ids_WS)):
-            runner.say()
             since = time.perf_counter()
             for i, row in enumerate(batch.windows):
                 record = reference_window(runner, batch, i, ids_WS[row], "topk")
@@ -126,11 +128,11 @@ def main(folder, layers, windows, window, gpu_memory, device, small):
             head += time.perf_counter() - since
     seconds, tokens = time.perf_counter() - began, windows * window
     kinds = by_kind(reader.config, runner.rows)
-    print(f"{'seconds a layer':<18}{'reading':>9}{'passing':>9}")
-    for kind, (reading, passing) in kinds.items():
-        print(f"{kind:<18}{reading:>9.2f}{passing:>9.2f}")
+    print(f"{'seconds a layer':<18}{'reading':>9}{'waiting':>9}{'passing':>9}")
+    for kind, seconds_each in kinds.items():
+        print(f"{kind:<18}" + "".join(f"{x:>9.2f}" for x in seconds_each))
     counts = Counter(kind_of(whole, layer) for layer in range(whole.num_layers))
-    each = {kind: sum(both) for kind, both in kinds.items()}
+    each = {kind: waiting + passing for kind, (_, waiting, passing) in kinds.items()}
     total = sum(n * each.get(kind, max(each.values())) for kind, n in counts.items()) + head
     peak = f"{torch.cuda.max_memory_reserved(device) / GIB:.2f} GiB on the card (torch, reserved), " if cuda else ""
     print("\nsummary")

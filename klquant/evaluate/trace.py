@@ -1,21 +1,24 @@
 """Push windows through a model layer by layer and note what each layer leaves behind.
 
 A model that fits the device stays there, and windows pass one batch after the other. A larger one is read once a round
-of windows, one layer in memory at a time, so that 98 GB run on a 24 GB card.
+of windows, one layer in memory at a time, or two where a GPU has room: 98 GB run on a 24 GB card.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from klquant.calibrate.footprint import widest_layer
 from klquant.calibrate.routes import routed_output
 from klquant.checkpoint.names import expected_tensors
 from klquant.checkpoint.reader import is_finite
 from klquant.core.memory import free_memory
 from klquant.errors import UserError
+from klquant.evaluate.ahead import one_ahead
 from klquant.evaluate.source import Source
 from klquant.model.block import attend, mlp_inputs
 from klquant.model.forward import EMBEDDING, Head
@@ -23,7 +26,8 @@ from klquant.model.kda import KDAState
 from klquant.model.moe import experts, mlp, route
 from klquant.model.weights import LayerWeights, MoEWeights
 
-# A model stays in memory when its weights take no more than this share of what is free.
+# A model stays in memory when its weights take no more than this share of what is free, and two layers of it are there
+# at once when they do.
 RESIDENT_SHARE = 0.4
 # Tokens on the device at once. Fixed for a kind of device, so that a resumed run computes what an unbroken one does.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -62,7 +66,9 @@ class Runner:
         self.source, self.dtype, self.device = source, dtype, device
         self.config = source.config
         weights = sum(torch.Size(shape).numel() for shape in expected_tensors(self.config).values())
-        self.resident = weights * dtype.itemsize <= RESIDENT_SHARE * free_memory(device)
+        room = RESIDENT_SHARE * free_memory(device)
+        self.resident = weights * dtype.itemsize <= room
+        self.reads_ahead = device.type == "cuda" and 2 * widest_layer(self.config) * dtype.itemsize <= room
         self._layers: dict[int, LayerWeights] = {}
         self._head: Head | None = None
         self._embedding: Tensor | None = None
@@ -81,6 +87,14 @@ class Runner:
             self._layers[layer] = w
         return w
 
+    def each_layer(self, work: Callable[[int, LayerWeights], None]) -> None:
+        """`work` with every layer in turn; it keeps none. A model that does not stay is read meanwhile."""
+        count = self.config.num_layers
+        ahead = self.reads_ahead and not self.resident
+        layers = one_ahead(self.layer, count, self.device) if ahead else map(self.layer, range(count))
+        for layer in range(count):  # `enumerate` would hold a layer while the next is made
+            work(layer, next(layers))
+
     def batches(self, ids_WS: Tensor) -> list[list[int]]:
         """All windows in the groups that are always computed together."""
         size = max(1, BATCH_TOKENS[self.device.type] // ids_WS.shape[1])
@@ -97,13 +111,13 @@ class Runner:
         a_round = 1 if self.resident else max(1, ROUND_TOKENS[self.device.type] // (len(batches[0]) * ids_WS.shape[1]))
         for start in range(0, len(batches), a_round):
             traces = [Trace(b, self._embed(ids_WS[b])) for b in batches[start : start + a_round]]
-            for layer in range(self.config.num_layers):
-                w = self.layer(layer)
-                for trace in traces:
-                    self._pass(w, layer, trace)
-                    step(trace.hidden.shape[0] * trace.hidden.shape[1])
-                del w  # before the next layer is read
+            self.each_layer(partial(self._pass_all, traces, step))
             yield from traces
+
+    def _pass_all(self, traces: list[Trace], step: Callable[[int], None], layer: int, w: LayerWeights) -> None:
+        for trace in traces:
+            self._pass(w, layer, trace)
+            step(trace.hidden.shape[0] * trace.hidden.shape[1])
 
     def _embed(self, ids_BS: Tensor) -> Tensor:
         if self._embedding is None:

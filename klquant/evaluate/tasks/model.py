@@ -7,6 +7,7 @@ go on from the state it leaves.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -126,18 +127,18 @@ class TaskModel:
             for batch in group:
                 batch.rows_BSC = self.embed([r.ids for r in batch.rows])
                 batch.trunk_1TC = self.embed([batch.trunk]) if batch.trunk else None
-            for layer in range(self.config.num_layers):
-                w = self.runner.layer(layer)
-                for batch in group:
-                    self._pass(layer, w, batch)
-                    step(batch.tokens)
-                del w  # before the next layer is read
+            self.runner.each_layer(partial(self._pass_all, group, step))
             for batch in group:
                 for row, hidden_SC in zip(batch.rows, batch.rows_BSC, strict=True):
                     for k in row.targets:
                         answers[row.query][k] = self._read(hidden_SC, row, queries[row.query].continuations[k])
                 batch.rows_BSC = batch.trunk_1TC = None
         return answers
+
+    def _pass_all(self, group: list[_Batch], step: Callable[[int], None], layer: int, w: LayerWeights) -> None:
+        for batch in group:
+            self._pass(layer, w, batch)
+            step(batch.tokens)
 
     def embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Rows of ids → [B, S, C], the shorter ones padded on the right."""
