@@ -11,7 +11,7 @@ from klquant.model.weights import LayerWeights
 def one_ahead(load: Callable[[int], LayerWeights], layers: int, device: torch.device) -> Iterator[LayerWeights]:
     """`load` layer after layer, each while the caller works on the one before: two are on the device at a time.
 
-    Drop a layer before asking for the next. A thread loads, on a stream of its own, so that its copies wait for no
+    Keep no layer when asking for the next. A thread loads, on a stream of its own, so that its copies wait for no
     kernel of the caller's. What it raises is raised when the layer is asked for.
     """
     cuda = device.type == "cuda"
@@ -27,13 +27,13 @@ def one_ahead(load: Callable[[int], LayerWeights], layers: int, device: torch.de
     with ThreadPoolExecutor(1, "one-ahead") as pool:
         coming = pool.submit(work, 0)
         for layer in range(layers):
+            # The layer before is let go of here and not earlier: kernels may still be reading it, and until this one is
+            # whole the thread would take the memory. What comes next takes it behind those kernels.
             weights = coming.result()
             if cuda:
                 here = torch.cuda.current_stream(device)
                 here.wait_stream(side)
-                # The next layer takes the memory of the one before this, which kernels may still be reading.
                 side.wait_stream(here)
             if layer + 1 < layers:
                 coming = pool.submit(work, layer + 1)
             yield weights
-            del weights

@@ -2,7 +2,6 @@
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -18,9 +17,6 @@ from klquant.pipeline.units import Units
 from klquant.recipe.plan import Plan
 
 WINDOWS_A_COPY = 16
-# Pieces on their way at once. One thread moves 3 GB a second even into memory, and a layer that would change the
-# streams waits.
-COPIERS = 4
 # Share of a run's time that copies may take: a layer waits for the one under way. A resumed run does again what came
 # after the last, which at this share is a few layers on a GPU and none on a CPU.
 COPY_SHARE = 0.05
@@ -126,14 +122,10 @@ class StreamStore:
 
 
 def _copy(source: Activations, target: Activations) -> None:
-    def move(start: int) -> int:
+    for start in range(0, len(source), WINDOWS_A_COPY):
         stop = min(start + WINDOWS_A_COPY, len(source))
         target.write(start, source.read(start, stop))
-        return stop
-
-    with ThreadPoolExecutor(COPIERS) as pool:
-        for stop in pool.map(move, range(0, len(source), WINDOWS_A_COPY)):
-            source.gate.passed(stop)
+        source.gate.passed(stop)
 
 
 def _whole(file, part: Activations) -> bool:

@@ -1,6 +1,7 @@
 """Layers read ahead: in order, one beyond the one at work, and dropped when they are done with."""
 
 import threading
+import time
 import weakref
 
 import pytest
@@ -37,6 +38,23 @@ def test_two_are_alive_at_a_time_and_the_next_is_read_meanwhile():
         assert layer.number == number and read[number + 1].wait(10)
         del layer
     assert next(layers, None) is None
+
+
+def test_a_layer_is_kept_until_the_next_is_whole():
+    """On a GPU its kernels may still be at work, and its memory must not go to the layer that is being read."""
+    asked, gone = threading.Event(), []
+
+    def load(number: int) -> Layer:
+        if number == 1:
+            asked.wait(10)
+            time.sleep(0.05)  # the caller now waits for this layer, done with the one before
+            gone.append(first() is None)
+        return Layer(number)
+
+    layers = one_ahead(load, 2, CPU)
+    first = weakref.ref(next(layers))
+    asked.set()
+    assert next(layers).number == 1 and gone == [False] and first() is None
 
 
 def test_what_reading_raises_comes_where_the_layer_is_asked_for():
