@@ -153,8 +153,14 @@ def grouped_kernel(
         e = tl.load(tiles + tile * 3)
         if e >= 0 and tl.program_id(0) * OUT < rows:
             first, last = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
-            # An expert's last tile is half empty half of the time.
-            if BM >= 64 and last - first <= BM // 2:
+            # An expert's last tile is half empty half of the time, or nearly empty.
+            if BM >= 128 and last - first <= BM // 4:
+                _routes(
+                    x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
+                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 4, SPLIT, SCALED,
+                    STAGES, PTX,
+                )  # fmt: skip
+            elif BM >= 64 and last - first <= BM // 2:
                 _routes(
                     x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
                     scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 2, SPLIT, SCALED,
