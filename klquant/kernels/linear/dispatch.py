@@ -77,11 +77,11 @@ class QuantLinear:
         return linear(x_MK, self.weight, _tile(x_MK, self.weight), out=y).unflatten(0, x.shape[:-1])
 
     def parts(self, x_MK: Tensor) -> Tensor | Parts:
-        """x [M, K] → [M, N]; or, where programs that share a row's inputs are faster, what each of them made."""
+        """x [M, K] → [M, N] FP32; or, where programs that share a row's inputs are faster, what each of them made."""
         w = self.weight
         tile, parts = parts_tile(w, len(x_MK)) if x_MK.is_cuda else (None, 1)
         if parts == 1:
-            return self(x_MK)
+            return self.wide(x_MK)
         from klquant.kernels.linear.triton import linear_in_parts
 
         return linear_in_parts(pad_inputs(x_MK, w), w, tile, parts)
@@ -116,6 +116,10 @@ class QuantMLP:
             return reference.linear(reference.gate_up(x, self.gate_up, self.down.k), self.down)
         h = apply_linear(x.flatten(0, -2), self.gate_up, gated=True)
         return apply_linear(h, self.down).unflatten(0, x.shape[:-1])
+
+    def parts(self, x_MC: Tensor) -> Tensor | Parts:
+        """x [M, C] → [M, C] as `QuantLinear.parts` of the down projection gives it."""
+        return QuantLinear(self.down).parts(apply_linear(x_MC, self.gate_up, gated=True)) if x_MC.is_cuda else self(x_MC)
 
 
 def _tile(x_MK: Tensor, w: Packed, gated: bool = False) -> Tile:

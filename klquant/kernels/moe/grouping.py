@@ -1,8 +1,9 @@
 """Routes sorted by expert, on the device: one launch, no atomics, no host.
 
 Program e counts the routes of lower experts and lists its own, in order, behind them. A tile is up to t routes of one
-expert. Expert e, whose routes are [lo, hi) of the sorted list, owns the tiles lo // t + e … hi // t + e: at least as
-many as it needs and disjoint from the others', so that no program has to know any other's count.
+expert. Expert e, whose routes are [lo, hi) of the sorted list, owns the tiles lo // t + e … hi // t + e, or, where
+routes are so few that it makes less of them, lo … hi − 1: at least as many as it needs and disjoint from the others',
+so that no program has to know any other's count.
 """
 
 import torch
@@ -14,7 +15,9 @@ CHUNK = 4096
 
 
 @triton.jit
-def group_kernel(expert, order, tiles, routes, BLOCK: tl.constexpr, TOKENS: tl.constexpr, OWN: tl.constexpr):
+def group_kernel(
+    expert, order, tiles, routes, BLOCK: tl.constexpr, TOKENS: tl.constexpr, OWN: tl.constexpr, FEW: tl.constexpr
+):
     e = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     lower = tl.zeros([BLOCK], tl.int32)
@@ -31,8 +34,8 @@ def group_kernel(expert, order, tiles, routes, BLOCK: tl.constexpr, TOKENS: tl.c
         rank = tl.cumsum(own.to(tl.int32), 0)
         tl.store(order + at + rank - 1, start + i, mask=own)
         at += tl.max(rank, 0)
-    slot = first // TOKENS + e
-    own_tiles = last // TOKENS + e + 1 - slot
+    slot = first if FEW else first // TOKENS + e
+    own_tiles = last - slot if FEW else last // TOKENS + e + 1 - slot
     t = tl.arange(0, OWN)
     for start in range(0, own_tiles, OWN):
         row = first + (start + t) * TOKENS
@@ -47,9 +50,10 @@ def group(expert_TR: Tensor, experts: int, tile_tokens: int) -> tuple[Tensor, Te
     """expert [T, R] int32 → order [T·R], the routes t·R + r by expert, and tiles [·, 3]: expert or −1, first, last."""
     routes = expert_TR.numel()
     order = torch.empty(routes, dtype=torch.int32, device=expert_TR.device)
-    tiles = torch.empty(routes // tile_tokens + experts, 3, dtype=torch.int32, device=expert_TR.device)
+    most = routes // tile_tokens + experts
+    tiles = torch.empty(min(routes, most), 3, dtype=torch.int32, device=expert_TR.device)
     group_kernel[(experts,)](
         expert_TR, order, tiles, routes, BLOCK=min(CHUNK, max(128, triton.next_power_of_2(routes))),
-        TOKENS=tile_tokens, OWN=32, num_warps=4,
+        TOKENS=tile_tokens, OWN=32, FEW=routes < most, num_warps=4,
     )  # fmt: skip
     return order, tiles

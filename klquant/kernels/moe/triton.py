@@ -20,6 +20,8 @@ from klquant.kernels.linear.triton import PTX, gated
 from klquant.kernels.moe.grouping import group
 from klquant.kernels.norm.parts import Parts
 
+# Up to here, in a decode step, what is added to the stream stays FP32: more tokens' rows would cost time to write.
+WIDE_TOKENS = 64
 # Programs that share a token's routes in the second of the few-token kernels; the shared expert has its own.
 ROUTE_PARTS = 2
 
@@ -270,8 +272,9 @@ def many_tokens(
         rows, shared_rows = (0 if p is None else p.row_bricks * 16 for p in (w, beside))
         grid = max(rows, shared_rows) // tile.rows, len(tiles) + shared_tiles
         rows, shared_rows = (n // 2 for n in (rows, shared_rows)) if gated else (w.n, beside.n if beside else 0)
-        y = torch.empty(tokens * top, rows, device=device, dtype=dtype)
-        shared_y = None if beside is None else torch.empty(tokens, shared_rows, device=device, dtype=dtype)
+        kind = dtype if gated or tokens > WIDE_TOKENS else torch.float32
+        y = torch.empty(tokens * top, rows, device=device, dtype=kind)
+        shared_y = None if beside is None else torch.empty(tokens, shared_rows, device=device, dtype=kind)
         grouped_kernel[grid](
             x, x.stride(0), order, tiles, weight_TR, *w.tensors, w.bricks, w.groups, *_strides(w), y, rows, top,
             shared_x, 0 if shared_x is None else shared_x.stride(0), *_shared(beside), shared_y, shared_rows, tokens,
