@@ -296,13 +296,17 @@ def router_case(tokens: int, how: str, tile: RouterTile | None = None) -> Case:
         from klquant.kernels.moe import router
 
         choice = maps[i], bias, TOP, SCALING, True
-        _, x = add_rms_norm(h, delta, norm, EPS, turn)
+        total, x = add_rms_norm(h, delta, norm, EPS, turn)
         if how == "fused":
-            return router.add_rms_norm_route(h, delta, norm, EPS, *choice, turn, tile)[1:]
-        return x, *router.route_tokens(x, *choice, None if how == "two" else turn, tile)
+            return total, *router.add_rms_norm_route(h, delta, norm, EPS, *choice, turn, tile)[2:]
+        if how == "one":
+            return total, *router.route_normed(total, x, norm, EPS, *choice, turn, tile)
+        return x, *router.route_tokens(x, *choice)
 
     def check() -> float:
         x, weight, expert = run(0)
+        if how != "two":
+            x = norm_reference.rms_norm(x, norm.double(), EPS)
         args = x.double(), maps[0].double(), bias.double(), TOP, SCALING, True
         want, chosen = moe_reference.route_tokens(*args)
         # Two scores nearer than FP32 tells apart may change places.

@@ -85,6 +85,8 @@ def steps(dtype: torch.dtype) -> Iterator:
             )
         else:
             yield lambda x=x, turn=turn: router.route_tokens(x, *choice, turn)
+            total = floats(tokens, HIDDEN)
+            yield lambda x=x, turn=turn, total=total: router.route_normed(total, x, weight, 1e-5, *choice, turn)
 
 
 def mla_steps(

@@ -8,6 +8,7 @@ from klquant.kernels.kda.tiles import Tile as KDATile
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages
 from klquant.kernels.mla.tiles import Tile, tiles
+from klquant.kernels.norm.reference import rms_norm
 from tests.kernels.build import DEVICE, LIMIT, can_run, error
 from tests.kernels.gluon_on_cpu import OnCPU
 from tests.triton_interpreter import interpreting, needs_triton, teach_bf16_products, teach_bf16_rounding
@@ -99,7 +100,7 @@ def test_a_delta_in_parts_is_their_sum(wide, with_shared, stream, dtype):
 @streams
 @pytest.mark.parametrize(("tokens", "width", "rows"), [(1, 1100, 5), (3, 40, 7)])
 def test_add_rms_norm_linear(tokens, width, rows, stream, dtype):
-    """Sum and norm are the norm kernel's, the map is exact but for its last rounding."""
+    """Sum and norm are the norm kernel's, the map is of the norm before that is rounded."""
     h, delta, weight = (torch.randn(*s).to(dtype) for s in ((tokens, width), (tokens, width), (width,)))
     h = torch.randn(tokens, width).to(stream)
     proj = (torch.randn(rows, width) / width**0.5).to(dtype)
@@ -110,7 +111,8 @@ def test_add_rms_norm_linear(tokens, width, rows, stream, dtype):
         want_total, want = norm_triton.add_rms_norm(*args)
         assert torch.equal(total, want_total) and out.dtype == dtype
         assert error(normed, want.cpu().double()) < LIMIT[dtype]
-        assert error(out, normed.cpu().double() @ proj.double().T) < LIMIT[dtype]
+        exact = rms_norm(total.cpu().double(), weight.double(), 1e-5)
+        assert error(out, exact @ proj.double().T) < LIMIT[dtype]
 
 
 def kda_case(heads: int, dim: int, rank: int, taps: int, dtype: torch.dtype) -> KDADecode:
@@ -341,7 +343,7 @@ def test_tiles_of_the_router(tile):
 @streams
 @pytest.mark.parametrize("tokens", [1, 3, 4])
 def test_add_rms_norm_route(tokens, stream, dtype):
-    """Sum and norm are the norm kernel's, and the choice is made from that norm."""
+    """Sum and norm are the norm kernel's, and the choice is made from that norm before it is rounded."""
     h, weights, bias = routing_case(tokens, 37, 1100, dtype)
     h = torch.randn(tokens, 1100).to(stream)
     delta, norm = torch.randn(tokens, 1100).to(dtype), torch.randn(1100).to(dtype)
@@ -353,7 +355,20 @@ def test_add_rms_norm_route(tokens, stream, dtype):
         total, normed, *found = router.add_rms_norm_route(*args, *to_device(weights, bias), 3, 2.446, True, turn)
         assert torch.equal(total, want_total)
         assert error(normed, want.cpu().double()) < LIMIT[dtype]
-        check_routes(found, normed.cpu(), weights, bias, 3, True)
+        check_routes(found, rms_norm(total.cpu(), norm.double(), 1e-5), weights, bias, 3, True)
+
+
+@pytest.mark.parametrize("tokens", [5, 19])
+def test_route_normed(tokens, monkeypatch):
+    """From what the norm reads, and, for more tokens, from the norm as it is."""
+    total, weights, bias = routing_case(tokens, 37, 1100, torch.float32)
+    norm = torch.randn(1100).bfloat16()
+    normed = rms_norm(total, norm.double(), 1e-5)
+    for rounded in (False, True):
+        turn, given = torch.zeros(tokens, dtype=torch.int32), normed.bfloat16() if rounded else torch.full((1,), NAN)
+        args = strided(total), *to_device(given, norm), 1e-5, *to_device(weights, bias), 3, 2.446, True
+        check_routes(router.route_normed(*args, turn.to(DEVICE)), given if rounded else normed, weights, bias, 3, True)
+        monkeypatch.setattr(router, "ROUTER_TOKENS", 4)
 
 
 @pytest.mark.parametrize("turn", [False, True])
@@ -377,8 +392,8 @@ def test_a_captured_router_counts_anew(tokens):
     def step():
         _, x = norm_triton.add_rms_norm(h, None, norm, 1e-5, turn)
         if tokens <= 4:
-            return router.add_rms_norm_route(h, None, norm, 1e-5, weights, bias, 8, 2.446, True, turn)[1:]
-        return x, *router.route_tokens(x, weights, bias, 8, 2.446, True, turn)
+            return router.add_rms_norm_route(h, None, norm, 1e-5, weights, bias, 8, 2.446, True, turn)[2:]
+        return router.route_normed(h, x, norm, 1e-5, weights, bias, 8, 2.446, True, turn)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -390,8 +405,8 @@ def test_a_captured_router_counts_anew(tokens):
         first = [t.clone() for t in captured]
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
-        x, weight, expert = first
-        want, chosen = router.route_tokens(x, weights, bias, 8, 2.446, True)
+        weight, expert = first
+        want, chosen = router.route_tokens(rms_norm(h, norm.float(), 1e-5), weights, bias, 8, 2.446, True)
         # Sums in another order may swap two scores that are nearly equal.
         same = (expert == chosen).all(-1)
         assert same.float().mean() > 0.95 or tokens == 1

@@ -22,12 +22,12 @@ def columns(rows, channel, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _mix(window, taps, W: tl.constexpr, DTYPE: tl.constexpr):
-    """silu of the convolution of the last W inputs, oldest first, rounded as an activation is."""
+def _mix(window, taps, W: tl.constexpr):
+    """silu of the convolution of the last W inputs, oldest first: FP32, for it stays in registers."""
     y = window[0].to(tl.float32) * taps[0].to(tl.float32)
     for i in tl.static_range(1, W):
         y += window[i].to(tl.float32) * taps[i].to(tl.float32)
-    return (y * tl.sigmoid(y)).to(DTYPE).to(tl.float32)
+    return y * tl.sigmoid(y)
 
 
 @triton.jit
@@ -57,7 +57,6 @@ def kda_inputs_kernel(
     Grid (heads, programs): two for each sequence, one has q and k and the other v, then for each BT sequences
     D / BD for the decay and as many for the gate.
     """
-    DTYPE: tl.constexpr = qkv.dtype.element_ty
     F: tl.constexpr = H * D
     if EARLY:
         gdc_launch_dependents()
@@ -78,8 +77,8 @@ def kda_inputs_kernel(
                 k_window = columns(tail, channel + F, W - 1) + (tl.load(inputs + channel + F),)  # noqa: RUF005
                 q_taps = columns(taps, channel, W)
                 k_taps = columns(taps, channel + F, W)
-                q = _mix(q_window, q_taps, W, DTYPE)
-                k = _mix(k_window, k_taps, W, DTYPE)
+                q = _mix(q_window, q_taps, W)
+                k = _mix(k_window, k_taps, W)
                 q = q / tl.sqrt(tl.sum(q * q, 0) + l2_eps) * D**-0.5
                 k = k / tl.sqrt(tl.sum(k * k, 0) + l2_eps)
                 tl.store(to + Q * D, q)
@@ -92,7 +91,7 @@ def kda_inputs_kernel(
             else:
                 v_window = columns(tail, channel + 2 * F, W - 1) + (tl.load(inputs + channel + 2 * F),)  # noqa: RUF005
                 v_taps = columns(taps, channel + 2 * F, W)
-                tl.store(to + VALUE * D, _mix(v_window, v_taps, W, DTYPE))
+                tl.store(to + VALUE * D, _mix(v_window, v_taps, W))
                 tl.store(turn + row * H + head, 0)
                 tl.debug_barrier()
                 _shift(tail, v_window, channel + 2 * F, W)
@@ -109,7 +108,7 @@ def kda_inputs_kernel(
         weight = g_b if is_gate else f_b
         a = tl.load(weight + n[:, None] * R + r[None, :])
         x = tl.load(low + rows.to(tl.int64) * low_stride + is_gate * R + r[:, None], mask=inside, other=0.0)
-        y = tl.dot(a, x).to(DTYPE).to(tl.float32)
+        y = tl.dot(a, x)
         at = mid + (rows * H + head) * (KINDS * D) + (n - head * D)[:, None]
         if is_gate:
             tl.store(at + GATE * D, tl.sigmoid(y) * norm[:, None], mask=inside)

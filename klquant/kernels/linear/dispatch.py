@@ -12,7 +12,7 @@ from klquant.kernels.card import has_wgmma
 from klquant.kernels.linear import reference
 from klquant.kernels.linear.layout import ROW_MULTIPLE, Packed, interleave, pack, pack_plain
 from klquant.kernels.linear.tiles import Tile, linear_tile, parts_tile
-from klquant.kernels.norm.parts import Parts
+from klquant.kernels.norm.parts import WIDE_TOKENS, Parts
 
 # From so many tokens on, unpacking a weight costs less than what torch's product gains on unpacked ones.
 UNPACK_TOKENS = 512
@@ -77,11 +77,12 @@ class QuantLinear:
         return linear(x_MK, self.weight, _tile(x_MK, self.weight), out=y).unflatten(0, x.shape[:-1])
 
     def parts(self, x_MK: Tensor) -> Tensor | Parts:
-        """x [M, K] → [M, N] FP32; or, where programs that share a row's inputs are faster, what each of them made."""
+        """x [M, K] → [M, N], FP32 for few tokens; or, where programs that share a row's inputs are faster, what each of
+        them made."""
         w = self.weight
         tile, parts = parts_tile(w, len(x_MK)) if x_MK.is_cuda else (None, 1)
         if parts == 1:
-            return self.wide(x_MK)
+            return self.wide(x_MK) if len(x_MK) <= WIDE_TOKENS else self(x_MK)
         from klquant.kernels.linear.triton import linear_in_parts
 
         return linear_in_parts(pad_inputs(x_MK, w), w, tile, parts)
@@ -118,8 +119,10 @@ class QuantMLP:
         return apply_linear(h, self.down).unflatten(0, x.shape[:-1])
 
     def parts(self, x_MC: Tensor) -> Tensor | Parts:
-        """x [M, C] → [M, C] as `QuantLinear.parts` of the down projection gives it."""
-        return QuantLinear(self.down).parts(apply_linear(x_MC, self.gate_up, gated=True)) if x_MC.is_cuda else self(x_MC)
+        """x [M, C] → [M, C] as `QuantLinear.parts` of the down projection has it."""
+        if not x_MC.is_cuda:
+            return self(x_MC)
+        return QuantLinear(self.down).parts(apply_linear(x_MC, self.gate_up, gated=True))
 
 
 def _tile(x_MK: Tensor, w: Packed, gated: bool = False) -> Tile:

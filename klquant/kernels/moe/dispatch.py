@@ -91,10 +91,18 @@ def add_rms_norm_route(
     h_TC: Tensor, delta_TC: Tensor | Parts | None, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor,
     top: int, scale: float, renormalize: bool, turn_T: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(h + delta, its norm, and the norm's weight and expert as in `route_tokens`): one launch for few tokens."""
-    if not h_TC.is_cuda or len(h_TC) > norm.FEW_TOKENS:
-        total_TC, normed_TC = norm.add_rms_norm(h_TC, delta_TC, norm_C, eps)
-        return total_TC, normed_TC, *route_tokens(normed_TC, router_EC, bias_E, top, scale, renormalize, turn_T)
-    from klquant.kernels.moe import router
+    """(h + delta, its norm, and weight and expert as `route_tokens` has them): one launch for few tokens.
 
-    return router.add_rms_norm_route(h_TC, delta_TC, norm_C, eps, router_EC, bias_E, top, scale, renormalize, turn_T)
+    On a GPU, up to 64 tokens, the choice is made from the norm in FP32, before it is rounded to norm's dtype.
+    """
+    if h_TC.is_cuda and len(h_TC) <= norm.FEW_TOKENS:
+        from klquant.kernels.moe.router import add_rms_norm_route
+
+        return add_rms_norm_route(h_TC, delta_TC, norm_C, eps, router_EC, bias_E, top, scale, renormalize, turn_T)
+    total_TC, normed_TC = norm.add_rms_norm(h_TC, delta_TC, norm_C, eps)
+    choice = router_EC, bias_E, top, scale, renormalize
+    if not h_TC.is_cuda:
+        return total_TC, normed_TC, *route_tokens(normed_TC, *choice)
+    from klquant.kernels.moe.router import route_normed
+
+    return total_TC, normed_TC, *route_normed(total_TC, normed_TC, norm_C, eps, *choice, turn_T)

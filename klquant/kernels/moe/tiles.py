@@ -65,7 +65,11 @@ def many_tiles(gate_up: Packed, down: Packed, routes: int, wgmma: bool) -> tuple
     if tokens == 64 and most < 128:
         warps = 8  # several scales a brick: more sums to hold
     rows = min(rows, *(64 if w.row_bricks % 8 else 128 for w in both))
-    return tuple(make_tile(w.bits, rows, tokens, warps, 1, stages, scaled and w.bits < 16) for w in both)
+    first, second = (make_tile(w.bits, rows, tokens, warps, 1, stages, scaled and w.bits < 16) for w in both)
+    if share <= 4 and not gate_up.row_bricks % 8:
+        # Its rows are long and many: twice as many a program, more of them on their way.
+        first = make_tile(gate_up.bits, 128, tokens, 4, 1, 5)
+    return first, second
 
 
 def _tile(rows: int, tokens: int, warps: int, split: int, stages: int, *weights: Packed | None) -> Tile:

@@ -18,10 +18,8 @@ from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 from klquant.kernels.linear.triton import PTX, gated
 from klquant.kernels.moe.grouping import group
-from klquant.kernels.norm.parts import Parts
+from klquant.kernels.norm.parts import WIDE_TOKENS, Parts
 
-# Up to here, in a decode step, what is added to the stream stays FP32: more tokens' rows would cost time to write.
-WIDE_TOKENS = 64
 # Programs that share a token's routes in the second of the few-token kernels; the shared expert has its own.
 ROUTE_PARTS = 2
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# Up to so many tokens what is added to the stream stays FP32: more tokens' rows would cost time to write.
+WIDE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Parts:

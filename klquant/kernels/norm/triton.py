@@ -114,7 +114,7 @@ def norm_product(
     ROWS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
     EACH: tl.constexpr,
 ):  # fmt: skip
-    """norm · projᵀ [BN, BT] FP32 of a program's BN rows; each program makes the norm, one stores it."""
+    """norm · projᵀ [BN, BT] FP32 of a program's BN rows; each program makes the norm, one stores it, rounded."""
     DTYPE: tl.constexpr = h.dtype.element_ty
     NORMED: tl.constexpr = normed.dtype.element_ty
     # All are [BN, BT, BC], of which a weight or a token has one: alike in registers, so that nothing moves.
@@ -153,14 +153,14 @@ def norm_product(
     acc = tl.zeros([BN, BT, BC], tl.float32)
     for i in tl.static_range(CHUNKS):
         quotient = (x[i].to(tl.float32) * factor).to(DTYPE).to(tl.float32)
-        y = (quotient * scale[i].to(tl.float32)).to(NORMED)
-        acc += w[i].to(tl.float32) * y.to(tl.float32)
+        y = quotient * scale[i].to(tl.float32)
+        acc += w[i].to(tl.float32) * y
         if tl.program_id(0) == 0:
             to = t * width + i * BC + c
             inside = (i * BC + c < width) & (t < tokens)
             if delta is not None:
                 tl.store(total + to, x[i], mask=inside)
-            tl.store(normed + to, y, mask=inside)
+            tl.store(normed + to, y.to(NORMED), mask=inside)
     if turn is not None and tl.program_id(0) == 0:
         tl.store(turn + t, 0, mask=t < tokens)
     return tl.sum(acc, 2)
