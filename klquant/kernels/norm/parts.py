@@ -7,6 +7,7 @@ from torch import Tensor
 # Up to so many tokens what is added to the stream stays FP32: more tokens' rows would cost time to write.
 WIDE_TOKENS = 64
 
+
 @dataclass(frozen=True)
 class Parts:
     """A sum [T, C] not yet made, Σ_r rows[:, r] + beside: in FP32, in this order, rounded once to the stream's."""
