@@ -21,7 +21,7 @@ from klquant.kernels.moe.dispatch import add_rms_norm_route, route_tokens
 from klquant.kernels.norm.dispatch import FEW_TOKENS, add_rms_norm, add_rms_norm_linear
 from klquant.kernels.norm.parts import Parts
 from klquant.model.moe import mlp, moe
-from klquant.model.weights import Linear, MoEWeights, PackedMoE, linear
+from klquant.model.weights import Linear, MoEWeights, PackedMoE, linear, wide_linear
 
 Stream = tuple[Tensor, Tensor | Parts | None]
 
@@ -35,7 +35,7 @@ def decode_layer(
     turn_B = torch.empty(len(stream[0]), dtype=torch.int32, device=stream[0].device)
     h_BC, mixed_BF = mix(cfg, layer, w, stream, state, rows, turn_B)
     o_proj = w.fused.o_proj
-    delta_BC = o_proj.parts(mixed_BF) if isinstance(o_proj, QuantLinear) else wide(mixed_BF, o_proj)
+    delta_BC = o_proj.parts(mixed_BF) if isinstance(o_proj, QuantLinear) else wide_linear(mixed_BF, o_proj)
     if isinstance(w.model.mlp, PackedMoE) and cfg.num_groups == 1:
         h_BC, x_BC, *routes = add_rms_norm_route(
             h_BC, delta_BC, w.model.post_norm, cfg.rms_eps, *choice(cfg, w.model.mlp), turn_B
@@ -98,13 +98,6 @@ def feed(cfg: KimiLinearConfig, w: object, x_BC: Tensor) -> Tensor | Parts:
     if isinstance(w, PackedMoE) and cfg.num_groups == 1:
         return w.experts(x_BC, *route_tokens(x_BC, *choice(cfg, w)))
     return moe(cfg, w, x_BC) if isinstance(w, MoEWeights | PackedMoE) else mlp(w, x_BC)
-
-
-def wide(x_BK: Tensor, w_NK: Linear) -> Tensor:
-    """`linear` whose sums stay FP32 where the device's product can leave them so."""
-    if x_BK.is_cuda and x_BK.itemsize == 2 and isinstance(w_NK, Tensor):
-        return torch.mm(x_BK, w_NK.T, out_dtype=torch.float32)
-    return linear(x_BK, w_NK)
 
 
 def choice(cfg: KimiLinearConfig, w: PackedMoE) -> tuple[Tensor, Tensor, int, float, bool]:

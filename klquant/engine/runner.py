@@ -24,7 +24,7 @@ from klquant.engine.weights import EngineWeights
 from klquant.kernels.moe.dispatch import added_up
 from klquant.kernels.norm.dispatch import add_rms_norm
 from klquant.kernels.step.dispatch import embed_next
-from klquant.model.weights import logits
+from klquant.model.weights import wide_linear
 
 # Batch sizes that graphs are captured for; a smaller batch is padded. Beyond the last: multiples of 64.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -192,7 +192,7 @@ class Runner:
             return (h_BC + added_up(delta_BC, h_BC.dtype),)
         head = self.weights.head
         _, x_BC = add_rms_norm(h_BC, delta_BC, head.norm, self.cfg.rms_eps)
-        chosen = sample(logits(x_BC, head.proj), self.sampling, rows.index_B, rows.length_B, mode)
+        chosen = sample(wide_linear(x_BC, head.proj), self.sampling, rows.index_B, rows.length_B, mode)
         if self.next_token.device == stage.device:
             self.next_token[rows.index_B] = chosen.token
         return chosen.tensors()

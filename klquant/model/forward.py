@@ -10,7 +10,7 @@ from torch import Tensor
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.model.block import State, block, new_state
 from klquant.model.norm import rms_norm
-from klquant.model.weights import LayerWeights, Linear, WeightSource, logits
+from klquant.model.weights import LayerWeights, Linear, WeightSource, wide_linear
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -28,7 +28,7 @@ class Head:
 
     def __call__(self, cfg: KimiLinearConfig, h_BSC: Tensor) -> Tensor:
         """Residual stream after the last layer → logits [B, S, V]."""
-        return logits(rms_norm(h_BSC, self.norm, cfg.rms_eps), self.proj)
+        return wide_linear(rms_norm(h_BSC, self.norm, cfg.rms_eps), self.proj)
 
 
 @dataclass(frozen=True)

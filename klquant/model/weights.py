@@ -37,10 +37,17 @@ def linear(x: Tensor, w: Linear) -> Tensor:
     return F.linear(x, w) if isinstance(w, Tensor) else w(x)
 
 
-def logits(x: Tensor, w: Linear) -> Tensor:
-    """`linear` without rounding its results where w is a LinearOp: in BF16 a logit of 20 has neighbours 0.125 away, and
-    likely tokens would tie."""
-    return F.linear(x, w) if isinstance(w, Tensor) else w.wide(x)
+def wide_linear(x: Tensor, w: Linear) -> Tensor:
+    """`linear` whose sums stay FP32: for logits, of which BF16 has only every 0.125th at 20, so that likely tokens
+    would tie, and for what is added to an FP32 stream.
+
+    Not of plain 16-bit tensors on a CPU, whose product can only round, nor where gradients are wanted.
+    """
+    if not isinstance(w, Tensor):
+        return w.wide(x)
+    if not x.is_cuda or x.itemsize != 2 or (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
+        return F.linear(x, w)
+    return torch.mm(x.flatten(0, -2), w.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
 
 
 class WeightSource(Protocol):

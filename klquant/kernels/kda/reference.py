@@ -11,7 +11,7 @@ from klquant.kernels.norm.reference import gated_rms_norm, l2_norm, widen
 def kda_decode(
     qkv: Tensor, low: Tensor, w: KDADecode, conv_pool: Tensor, s_pool: Tensor, slot_B: Tensor, eps: float
 ) -> Tensor:
-    """`klquant.kernels.kda.dispatch.kda_decode`, in the dtype of the activations."""
+    """`klquant.kernels.kda.dispatch.kda_decode`: rounded where it leaves the kernels, and nowhere before."""
     out_BF = qkv.new_zeros(len(qkv), qkv.shape[1] // 3)
     lives = slot_B >= 0
     slot = slot_B[lives].long()
@@ -21,20 +21,20 @@ def kda_decode(
 
     window = torch.cat([conv_pool[slot], qkv[..., None]], -1)
     conv_pool[slot] = window[..., 1:]
-    mixed = F.silu((widen(window) * widen(w.taps)).sum(-1)).to(qkv.dtype)
+    mixed = F.silu((widen(window) * widen(w.taps)).sum(-1))
     q, k, v = (x.unflatten(-1, (H, D)) for x in mixed.chunk(3, -1))
 
     f_a, g_a, b = low[:, :rank], low[:, rank : 2 * rank], low[:, 2 * rank : 2 * rank + H]
-    raw = (widen(F.linear(f_a, w.f_b)) + w.dt_bias).unflatten(-1, (H, D))
+    raw = (F.linear(widen(f_a), widen(w.f_b)) + w.dt_bias).unflatten(-1, (H, D))
     decay = (-w.A_log.exp()[:, None] * F.softplus(raw)).exp()
 
     q, k = l2_norm(q) * D**-0.5, l2_norm(k)
     s = s_pool[slot] * decay[..., None]
-    update = torch.sigmoid(widen(b))[..., None] * (widen(v) - torch.einsum("bhk,bhkv->bhv", k, s))
+    update = torch.sigmoid(widen(b))[..., None] * (v - torch.einsum("bhk,bhkv->bhv", k, s))
     s = s + k[..., None] * update[..., None, :]
     s_pool[slot] = s
     o = torch.einsum("bhk,bhkv->bhv", q, s)
-    gate = F.linear(g_a, w.g_b).unflatten(-1, (H, D))
+    gate = F.linear(widen(g_a), widen(w.g_b)).unflatten(-1, (H, D))
     out_BF[lives] = gated_rms_norm(o, gate, w.o_norm, eps).flatten(-2).to(qkv.dtype)
     return out_BF
 
