@@ -150,17 +150,18 @@ def feed(
             yield start, fetch(start)
         return
     side, here = _side_stream(device), torch.cuda.current_stream(device)
-    coming = before = last = None
+    coming = before = last = slices = None
     try:
         for start, following in zip(starts, [*starts[1:], None], strict=True):
             if coming is None:
                 with torch.cuda.stream(side):
                     coming = fetch(start)
-            slices, coming = coming, None
+            last, slices, coming = slices, coming, None
             here.wait_stream(side)
             if before is not None:
                 before.synchronize()  # the slice before the last is done with, and goes back to the copies' stream
-            before, last = here.record_event(), slices
+            # The last one may still be worked on, and whoever asked for it may have forgotten it: `last` keeps it.
+            before = here.record_event()
             if following is not None:
                 with torch.cuda.stream(side):
                     coming = fetch(following)
@@ -168,7 +169,7 @@ def feed(
     finally:
         # Work on the last slices may be under way: no later copy may take their place before its end.
         side.wait_stream(here)
-        del last
+        del last, slices
 
 
 @cache

@@ -16,6 +16,7 @@ from klquant.kernels.linear.dispatch import QuantLinear, QuantMLP, Weight, pack_
 from klquant.kernels.linear.layout import CODES_AT_ONCE, ROW_MULTIPLE, Packed
 from klquant.kernels.moe.dispatch import QuantExperts
 from klquant.model.forward import EMBEDDING, FINAL_NORM, HEAD, Head
+from klquant.model.tuning import import_fla
 from klquant.model.weights import (
     DENSE_NAMES,
     EXPERT_NAMES,
@@ -91,6 +92,7 @@ class OneDevice:
 
 def build_weights(source: Source, places: Places, dtype: torch.dtype) -> EngineWeights:
     """A whole model. The head comes first: of all weights it needs the most room beside itself while it is packed."""
+    import_fla(places.head, dtype)
     build = Builder(source, dtype, places.packed)
     head = build.head(places.head)
     embedding_VC = source.tensor(EMBEDDING, dtype, places.embedding)

@@ -1,7 +1,10 @@
-"""flash-linear-attention tunes its kernels when a machine first runs them: minutes in which nothing seems to happen."""
+"""Before flash-linear-attention's first prompt: eight seconds of imports in a process, minutes of tuning on a machine."""
 
+import importlib
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -23,3 +26,18 @@ def tuning_note(device: torch.device, dtype: torch.dtype) -> str | None:
     from triton import knobs
 
     return None if any(Path(knobs.cache.dir).glob("*/chunk_kda_*.autotune.json")) else NOTE
+
+
+def import_fla(device: torch.device, dtype: torch.dtype) -> None:
+    """Begin to import it if prompts of `dtype` will take its kernels, while weights are read.
+
+    It brings torch's compiler along, which is what takes the time.
+    """
+    if delta_path(device, dtype, 2) == "chunk_fla":
+        Thread(target=_import, name="import fla", daemon=True).start()
+
+
+def _import() -> None:
+    # Whoever needs it hears of what is wrong with it.
+    with suppress(Exception):
+        importlib.import_module("fla.ops.kda")

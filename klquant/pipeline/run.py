@@ -23,7 +23,7 @@ from klquant.checkpoint.writer import (
 from klquant.core.device import pick_devices
 from klquant.core.memory import free_memory
 from klquant.errors import UserError
-from klquant.model.tuning import tuning_note
+from klquant.model.tuning import import_fla, tuning_note
 from klquant.pipeline.ahead import Ahead
 from klquant.pipeline.behind import Behind
 from klquant.pipeline.finish import finish
@@ -98,6 +98,8 @@ def quantize(
         for note in text.calibration.notes if text else ():
             watcher.note(note)
         shards = plan_shards(layer_units(plan.stored_sizes()), options.shard_bytes)
+        if plan.needs_calibration:
+            import_fla(settings.device, settings.dtype)
         _work(reader, plan, settings, journal, shards, text and text.calibration.ids, options.limits, watcher)
         return finish(reader, plan, journal, shards, text)
 

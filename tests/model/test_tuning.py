@@ -1,8 +1,11 @@
 """Who is told that the first prompt on a machine takes longer."""
 
+import threading
+
 import torch
 
-from klquant.model.tuning import tuning_note
+from klquant.model import tuning
+from klquant.model.tuning import import_fla, tuning_note
 from tests.triton_interpreter import needs_triton
 
 GPU = torch.device("cuda", 0)
@@ -25,3 +28,26 @@ def test_nobody_is_told_who_has_no_such_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("klquant.model.delta.has_fla", lambda: False)
     assert tuning_note(GPU, torch.bfloat16) is None
+
+
+def test_imports_begin_where_kernels_will_run(monkeypatch):
+    """And what is wrong with them is not said by a thread that nobody asked."""
+    asked, done = [], threading.Event()
+
+    def load(name: str) -> None:
+        asked.append(name)
+        done.set()
+        raise ImportError(name)
+
+    monkeypatch.setattr("klquant.model.delta.has_fla", lambda: True)
+    monkeypatch.setattr(tuning.importlib, "import_module", load)
+    monkeypatch.setattr(threading, "excepthook", lambda args: asked.append("a traceback"))
+    import_fla(torch.device("cpu"), torch.bfloat16)
+    import_fla(GPU, torch.float32)
+    assert asked == []
+    import_fla(GPU, torch.bfloat16)
+    assert done.wait(10)
+    for thread in threading.enumerate():
+        if thread.name == "import fla":
+            thread.join(10)
+    assert asked == ["fla.ops.kda"]

@@ -72,6 +72,23 @@ def test_slices_do_not_pile_up_before_a_busy_card():
     assert most <= 3 * stream.nbytes // 16
 
 
+def test_a_slice_stays_until_its_work_is_done():
+    """The host is ahead of the card, and whoever asked for a slice has forgotten it."""
+    device, windows = torch.device("cuda"), 24
+    stream = Activations(windows, 64, 4096, torch.bfloat16, pinned=True)
+    for i in range(windows):
+        stream.write(i, torch.full((1, 64, 4096), float(i), dtype=torch.bfloat16))
+    means, slices = [], feed([stream], range(windows), 1, device)
+    for _ in range(windows):
+        h = next(slices)[1][0]
+        torch.cuda._sleep(5_000_000)
+        means.append(h.float().mean())
+        del h
+    slices.close()
+    stream.close()
+    assert torch.stack(means).tolist() == list(range(windows))
+
+
 def test_a_unit_lands_beside_the_one_being_written():
     device = torch.device("cuda")
     units = [[torch.arange(n + start, device=device) for n in (1, 1000, 7)] for start in (0, 5)]
