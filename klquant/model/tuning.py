@@ -1,4 +1,4 @@
-"""Before flash-linear-attention's first prompt: eight seconds of imports in a process, minutes of tuning on a machine."""
+"""Before flash-linear-attention's first prompt: seconds of imports in a process, minutes of tuning on a machine."""
 
 import importlib
 import importlib.util
