@@ -46,6 +46,7 @@ class Graphs:
                 function(*buffers)
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads, such as one that imports, may ask CUDA for things meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = function(*buffers)
         return graph, buffers, outputs

@@ -23,7 +23,7 @@ from klquant.model.delta import delta_path
 
 DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OTHER: dict[DtypeName, DtypeName] = {"float32": "bfloat16", "bfloat16": "float32"}
-SCHEMA = 1  # of the window files; with another one they are made again
+SCHEMA = 2  # of the window files; with another one they are made again
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,6 @@ def steps(dtype: torch.dtype) -> Iterator:
                 floats(*turn.shape, HIDDEN), parts, weight, 1e-5, *choice, turn
             )
         else:
-            yield lambda x=x, turn=turn: router.route_tokens(x, *choice, turn)
             total = floats(tokens, HIDDEN)
             yield lambda x=x, turn=turn, total=total: router.route_normed(total, x, weight, 1e-5, *choice, turn)
 

@@ -315,6 +315,14 @@ def routing_case(tokens: int, experts: int, width: int, dtype: torch.dtype) -> t
     return torch.randn(tokens, width).to(dtype), torch.randn(experts, width) / width**0.5, 0.1 * torch.randn(experts)
 
 
+def route_normed(total: Tensor, choice: tuple, tile: object = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Routes of the norm of `total`, by a launch that may not look at it, and that norm in FP64."""
+    norm, turn = torch.randn(total.shape[1]).bfloat16(), torch.zeros(len(total), dtype=torch.int32)
+    unseen, norm_C, turn_T = to_device(torch.full((1,), NAN), norm, turn)
+    found = router.route_normed(strided(total), unseen, norm_C, 1e-5, *choice, turn_T, tile)
+    return found, rms_norm(total, norm.double(), 1e-5)
+
+
 def check_routes(found, x, weights, bias, top, renormalize):
     weight, expert = found
     want, chosen = moe_reference.route_tokens(x.double(), weights.double(), bias.double(), top, 2.446, renormalize)
@@ -325,19 +333,19 @@ def check_routes(found, x, weights, bias, top, renormalize):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "experts", "top"), [(1, 13, 3), (5, 70, 8), (11, 33, 1), (19, 13, 3)])
 def test_route_tokens(tokens, experts, top, dtype):
-    """One launch and two, of the same tokens."""
+    """Of tokens as they are; and, in one launch, of a norm that is made on the way."""
     x, weights, bias = routing_case(tokens, experts, 600, dtype)
-    for turn in (None, torch.zeros(tokens, dtype=torch.int32, device=DEVICE)):
-        args = strided(x), *to_device(weights, bias), top, 2.446, tokens > 1, turn
-        check_routes(router.route_tokens(*args), x, weights, bias, top, tokens > 1)
+    choice = *to_device(weights, bias), top, 2.446, tokens > 1
+    check_routes(router.route_tokens(strided(x), *choice), x, weights, bias, top, tokens > 1)
+    found, normed = route_normed(x.float(), choice)
+    check_routes(found, normed, weights, bias, top, tokens > 1)
 
 
 @pytest.mark.parametrize("tile", [(1, 1, 64, 1), (4, 2, 256, 4), (2, 8, 512, 8)])
 def test_tiles_of_the_router(tile):
-    x, weights, bias = routing_case(9, 13, 600, torch.bfloat16)
-    turn = torch.zeros(9, dtype=torch.int32, device=DEVICE)
-    args = strided(x), *to_device(weights, bias), 3, 2.446, True, turn, RouterTile(*tile)
-    check_routes(router.route_tokens(*args), x, weights, bias, 3, True)
+    total, weights, bias = routing_case(9, 13, 600, torch.float32)
+    found, normed = route_normed(total, (*to_device(weights, bias), 3, 2.446, True), RouterTile(*tile))
+    check_routes(found, normed, weights, bias, 3, True)
 
 
 @streams
@@ -358,26 +366,21 @@ def test_add_rms_norm_route(tokens, stream, dtype):
         check_routes(found, rms_norm(total.cpu(), norm.double(), 1e-5), weights, bias, 3, True)
 
 
-@pytest.mark.parametrize("tokens", [5, 19])
-def test_route_normed(tokens, monkeypatch):
-    """From what the norm reads, and, for more tokens, from the norm as it is."""
-    total, weights, bias = routing_case(tokens, 37, 1100, torch.float32)
-    norm = torch.randn(1100).bfloat16()
-    normed = rms_norm(total, norm.double(), 1e-5)
-    for rounded in (False, True):
-        turn, given = torch.zeros(tokens, dtype=torch.int32), normed.bfloat16() if rounded else torch.full((1,), NAN)
-        args = strided(total), *to_device(given, norm), 1e-5, *to_device(weights, bias), 3, 2.446, True
-        check_routes(router.route_normed(*args, turn.to(DEVICE)), given if rounded else normed, weights, bias, 3, True)
-        monkeypatch.setattr(router, "ROUTER_TOKENS", 4)
+def test_many_tokens_are_routed_by_the_norm_as_it_is(monkeypatch):
+    monkeypatch.setattr(router, "ROUTER_TOKENS", 4)
+    normed, weights, bias = routing_case(5, 37, 1100, torch.bfloat16)
+    unseen = torch.full((5, 1100), NAN, device=DEVICE)
+    args = unseen, normed.to(DEVICE), unseen[0], 1e-5, *to_device(weights, bias), 3, 2.446, True, unseen[0]
+    check_routes(router.route_normed(*args), normed, weights, bias, 3, True)
 
 
-@pytest.mark.parametrize("turn", [False, True])
-def test_equal_experts_go_by_index(turn):
+@pytest.mark.parametrize("one_launch", [False, True])
+def test_equal_experts_go_by_index(one_launch):
     """Scores that are equal to the last bit, in one part of the experts and across parts; the bias decides the rest."""
     x, weights, bias = torch.ones(2, 64).bfloat16(), torch.zeros(70, 64), torch.zeros(70)
     bias[[66, 3, 40, 41]], bias[9] = 1.0, -1.0
-    turn = torch.zeros(2, dtype=torch.int32, device=DEVICE) if turn else None
-    _, expert = router.route_tokens(x.to(DEVICE), *to_device(weights, bias), 7, 1.0, True, turn)
+    choice = *to_device(weights, bias), 7, 1.0, True
+    _, expert = route_normed(x.float(), choice)[0] if one_launch else router.route_tokens(x.to(DEVICE), *choice)
     assert expert.tolist() == [[3, 40, 41, 66, 0, 1, 2]] * 2
 
 

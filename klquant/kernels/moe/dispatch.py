@@ -71,20 +71,18 @@ def expert_parts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Te
 
 
 def route_tokens(
-    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool,
-    turn_T: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
     """Experts of each token, best first: (weight [T, R] FP32, expert [T, R] int32).
 
     x [T, C]; router [E, C] and bias [E] FP32, and FP32 all the way: the bias takes part in the choice and not in the
-    weight; `renormalize`: the weights of a token add up to `scale`. With `turn_T`, zeros int32 that an earlier launch
-    wrote and this one overwrites, it is one launch for few tokens.
+    weight; `renormalize`: the weights of a token add up to `scale`.
     """
     if not x_TC.is_cuda:
         return reference.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize)
     from klquant.kernels.moe import router
 
-    return router.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize, turn_T)
+    return router.route_tokens(x_TC, router_EC, bias_E, top, scale, renormalize)
 
 
 def add_rms_norm_route(
@@ -93,7 +91,8 @@ def add_rms_norm_route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(h + delta, its norm, and weight and expert as `route_tokens` has them): one launch for few tokens.
 
-    On a GPU, up to 64 tokens, the choice is made from the norm in FP32, before it is rounded to norm's dtype.
+    On a GPU, up to 64 tokens, the choice is made from the norm in FP32, before it is rounded to norm's dtype; programs
+    are counted in `turn_T`, zeros int32 that an earlier launch wrote.
     """
     if h_TC.is_cuda and len(h_TC) <= norm.FEW_TOKENS:
         from klquant.kernels.moe.router import add_rms_norm_route

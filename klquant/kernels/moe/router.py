@@ -1,7 +1,8 @@
 """The router: logits in FP32, sigmoid, correction bias, the best R experts, renormalize, scale.
 
-Few tokens: one launch. A program has the logits of some experts for a tile of tokens; the last program of a tile, which
-finds in `turn` that all others are through, chooses. Whoever is last reads the same logits: the same bits every time.
+Few tokens: one launch, behind the norm's or together with it. A program has the logits of some experts for a tile of
+tokens; the last program of a tile, which finds in `turn` that all others are through, chooses. Whoever is last reads
+the same logits: the same bits every time.
 Many tokens: the logits are cuBLAS's, and one launch chooses.
 """
 
@@ -127,9 +128,9 @@ def router_kernel(
     BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr, EACH: tl.constexpr,
     RENORMALIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """logits [T, E] = x · routerᵀ in IEEE FP32, and who is chosen; grid (tiles of BE experts, tiles of BT tokens).
+    """logits [T, E] = (x / rms(x) · norm) · routerᵀ in IEEE FP32, and who is chosen.
 
-    With the weight `norm` x is what the norm reads, and the product is of x / rms(x) · norm, which nothing has rounded.
+    Grid (tiles of BE experts, tiles of BT tokens).
     """
     # All are [BE, BT, BC], of which a weight or a token has one: alike in registers, so that nothing moves.
     e = (tl.program_id(0) * BE + tl.arange(0, BE))[:, None, None]
@@ -145,13 +146,9 @@ def router_kernel(
     for i in tl.static_range(CHUNKS):
         inside = (i * BC + c < width) & (t < tokens)
         y = tl.load(x + t.to(tl.int64) * x_stride + i * BC + c, mask=inside, other=0.0).to(tl.float32)
-        if norm is not None:
-            squares += y * y
-            y *= tl.load(norm + i * BC + c, mask=i * BC + c < width, other=0.0).to(tl.float32)
-        acc += w[i] * y
-    product = tl.sum(acc, 2)
-    if norm is not None:
-        product *= tl.rsqrt(tl.sum(squares, 2) / width + eps)
+        squares += y * y
+        acc += w[i] * (y * tl.load(norm + i * BC + c, mask=i * BC + c < width, other=0.0).to(tl.float32))
+    product = tl.sum(acc, 2) * tl.rsqrt(tl.sum(squares, 2) / width + eps)
     finish(
         product, logits, bias, weight, expert, turn, tokens, experts, top, scale, RENORMALIZE, PARTS, BLOCK_R
     )  # fmt: skip
@@ -186,36 +183,26 @@ def route(logits_TE: Tensor, bias_E: Tensor, top: int, scale: float, renormalize
 
 
 def route_tokens(
-    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool,
-    turn_T: Tensor | None = None, tile: RouterTile | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One launch for few tokens and a `turn_T` of zeros."""
-    if turn_T is None or len(x_TC) > ROUTER_TOKENS:
-        return route(F.linear(x_TC.float(), router_EC), bias_E, top, scale, renormalize)
-    return _route_few(x_TC, None, 0.0, router_EC, bias_E, top, scale, renormalize, turn_T, tile)
+    x_TC: Tensor, router_EC: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    """cuBLAS's logits, and a launch that chooses."""
+    return route(F.linear(x_TC.float(), router_EC), bias_E, top, scale, renormalize)
 
 
 def route_normed(
     total_TC: Tensor, normed_TC: Tensor, norm_C: Tensor, eps: float, router_EC: Tensor, bias_E: Tensor, top: int,
     scale: float, renormalize: bool, turn_T: Tensor, tile: RouterTile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`route_tokens` of a norm and what it was made of: for few tokens from the latter, which is not rounded."""
-    if len(total_TC) > ROUTER_TOKENS:
+    """`route_tokens` of a norm. For few tokens one launch, which makes the norm again of what that was made of."""
+    (tokens, width), experts = total_TC.shape, len(router_EC)
+    if tokens > ROUTER_TOKENS:
         return route_tokens(normed_TC, router_EC, bias_E, top, scale, renormalize)
-    return _route_few(total_TC, norm_C, eps, router_EC, bias_E, top, scale, renormalize, turn_T, tile)
-
-
-def _route_few(
-    x_TC: Tensor, norm_C: Tensor | None, eps: float, router_EC: Tensor, bias_E: Tensor, top: int, scale: float,
-    renormalize: bool, turn_T: Tensor, tile: RouterTile | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (tokens, width), experts = x_TC.shape, len(router_EC)
     tile = tile or router_tile(tokens)
-    weight, expert = _routes(tokens, top, x_TC.device)
-    logits = torch.empty(tokens, experts, device=x_TC.device, dtype=torch.float32)
+    weight, expert = _routes(tokens, top, total_TC.device)
+    logits = torch.empty(tokens, experts, device=total_TC.device, dtype=torch.float32)
     router_kernel[(triton.cdiv(experts, tile.experts), triton.cdiv(tokens, tile.tokens))](
-        x_TC, x_TC.stride(0), norm_C, router_EC, bias_E, logits, weight, expert, turn_T, tokens, experts, width, eps,
-        top, scale, **_constants(experts, top, renormalize), **tile.options(width),
+        total_TC, total_TC.stride(0), norm_C, router_EC, bias_E, logits, weight, expert, turn_T, tokens, experts, width,
+        eps, top, scale, **_constants(experts, top, renormalize), **tile.options(width),
     )  # fmt: skip
     return weight, expert
 
