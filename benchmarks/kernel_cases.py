@@ -16,7 +16,7 @@ from klquant.kernels.linear.layout import Packed, interleave, pack, split_rows, 
 from klquant.kernels.linear.tiles import Tile, linear_tile, make_tile
 from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
 from klquant.kernels.moe.reference import experts as reference_experts
-from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles, shares_launch
+from klquant.kernels.moe.tiles import JOINED_TOKENS, joined_tiles, many_tiles, shares_launch
 
 HIDDEN, INNER, EXPERTS, TOP = 2304, 1024, 256, 8
 TOKENS = (1, 4, 16, 64, 512, 4096)
@@ -95,14 +95,13 @@ def run_linear(case: Case, x: Tensor, w: Packed) -> Tensor:
 
 
 def run_experts(case: Case, x: Tensor, w: QuantExperts, weight: Tensor, expert: Tensor) -> Tensor:
-    from klquant.kernels.moe.triton import combine, few_tokens, many_tokens
+    from klquant.kernels.moe.triton import combine, joined, many_tokens
 
     if not case.tiles:
         return apply_experts(w, x, weight, expert)
-    if case.tokens <= FEW_TOKENS:
-        few = few_tokens(x, weight, expert, w.gate_up, w.down, w.shared.gate_up, w.shared.down, *case.tiles)
-        return combine(few, x.dtype)
     beside = (w.shared.gate_up, w.shared.down) if shares_launch(w.shared, case.tiles) else None
+    if case.tokens <= JOINED_TOKENS:
+        return combine(joined(x, weight, expert, w.gate_up, w.down, beside, *case.tiles), x.dtype)
     apart = None if beside else w.shared(x)
     return combine(many_tokens(x, weight, expert, w.gate_up, w.down, beside, apart, *case.tiles), x.dtype)
 
@@ -168,9 +167,9 @@ def linear_candidates(shape: str, bits: int, tokens: int) -> list[tuple[Tile, ..
 def expert_candidates(bits: int, tokens: int) -> list[tuple[Tile, ...]]:
     """Pairs of tiles worth trying for a layer of experts, the table's first: one is varied at a time."""
     w = expert_weights(bits)
-    few = tokens <= FEW_TOKENS
+    few = tokens <= JOINED_TOKENS
     wgmma = has_wgmma(w.gate_up.words)
-    table = few_tiles(w.gate_up, w.down, w.shared, TOP) if few else many_tiles(w.gate_up, w.down, tokens * TOP, wgmma)
+    table = joined_tiles(w.gate_up, w.down, tokens) if few else many_tiles(w.gate_up, w.down, tokens * TOP, wgmma)
     most = 8 if few else table[0].tokens * 2
     kinds = [(rows, warps, split) for rows in (32, 64, 128) for warps in (1, 2, 4, 8) for split in {1, warps}]
     pairs = [table]
@@ -180,10 +179,8 @@ def expert_candidates(bits: int, tokens: int) -> list[tuple[Tile, ...]]:
                 # The shared expert has 8 bits: whichever needs more shared memory says how many stages fit.
                 tiles = (make_tile(b, rows, t, warps, split, stages, scaled) for b in (bits, 8))
                 tile = min(tiles, key=lambda tile: tile.stages)
-                if few:
-                    pairs += [(tile, table[1])] + [(table[0], tile)] * (split >= TOP)
-                else:
-                    pairs += [(tile, table[1]), (table[0], tile)] if t == table[0].tokens else [(tile, tile)]
+                alike = t == table[0].tokens and (not few or warps == table[0].warps)
+                pairs += [(tile, table[1]), (table[0], tile)] if alike else [(tile, tile)]
     return list(dict.fromkeys(pairs))
 
 

@@ -156,11 +156,11 @@ def feed(
             if coming is None:
                 with torch.cuda.stream(side):
                     coming = fetch(start)
-            last, slices, coming = slices, coming, None
             here.wait_stream(side)
             if before is not None:
-                before.synchronize()  # the slice before the last is done with, and goes back to the copies' stream
+                before.synchronize()  # the slice before the last is done with, and may go back to the copies' stream
             # The last one may still be worked on, and whoever asked for it may have forgotten it: `last` keeps it.
+            last, slices, coming = slices, coming, None
             before = here.record_event()
             if following is not None:
                 with torch.cuda.stream(side):

@@ -18,7 +18,7 @@ from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.linear.dispatch import QuantLinear, QuantMLP
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.moe.dispatch import add_rms_norm_route, route_tokens
-from klquant.kernels.norm.dispatch import FEW_TOKENS, add_rms_norm, add_rms_norm_linear
+from klquant.kernels.norm.dispatch import add_rms_norm
 from klquant.kernels.norm.parts import Parts
 from klquant.model.moe import mlp, moe
 from klquant.model.weights import Linear, MoEWeights, PackedMoE, linear, wide_linear
@@ -31,16 +31,17 @@ def decode_layer(
 ) -> Stream:
     """Layer `layer` for one token a row: (h, delta) [B, C] → (h, delta). State is updated in place."""
     mix = kda_mix if isinstance(w.fused, FusedKDA) else mla_mix
-    # The layer's first launch clears what programs of its router count in.
-    turn_B = torch.empty(len(stream[0]), dtype=torch.int32, device=stream[0].device)
-    h_BC, mixed_BF = mix(cfg, layer, w, stream, state, rows, turn_B)
+    # The layer's first launch clears what programs of its router and its experts count in.
+    tokens, each = len(stream[0]), 1 << (cfg.top_k + 1).bit_length()
+    turns = torch.empty(tokens, each, dtype=torch.int32, device=stream[0].device)
+    h_BC, mixed_BF = mix(cfg, layer, w, stream, state, rows, turns)
     o_proj = w.fused.o_proj
     delta_BC = o_proj.parts(mixed_BF) if isinstance(o_proj, QuantLinear) else wide_linear(mixed_BF, o_proj)
     if isinstance(w.model.mlp, PackedMoE) and cfg.num_groups == 1:
         h_BC, x_BC, *routes = add_rms_norm_route(
-            h_BC, delta_BC, w.model.post_norm, cfg.rms_eps, *choice(cfg, w.model.mlp), turn_B
+            h_BC, delta_BC, w.model.post_norm, cfg.rms_eps, *choice(cfg, w.model.mlp), turns.view(-1)[:tokens]
         )
-        return h_BC, w.model.mlp.experts.parts(x_BC, *routes)
+        return h_BC, w.model.mlp.experts.parts(x_BC, *routes, turns.view(-1)[tokens:])
     h_BC, x_BC = add_rms_norm(h_BC, delta_BC, w.model.post_norm, cfg.rms_eps)
     return h_BC, feed(cfg, w.model.mlp, x_BC)
 
@@ -52,16 +53,12 @@ def kda_mix(
     stream: Stream,
     state: DeviceState,
     rows: StepRows,
-    turn_B: Tensor,
+    turns: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h, delta) → their sum [B, C] and what the output projection reads [B, F], 0 in rows of padding."""
     pool, fused = state.kda[layer], w.fused
-    if isinstance(fused.low, Tensor) and len(stream[0]) <= FEW_TOKENS:
-        h_BC, x_BC, low_BL = add_rms_norm_linear(*stream, w.model.input_norm, cfg.rms_eps, fused.low, turn_B)
-        qkv = linear(x_BC, fused.qkv)
-    else:
-        h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps, turn_B)
-        qkv, low_BL = both(x_BC, fused.qkv, fused.low)
+    h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps, turns)
+    qkv, low_BL = both(x_BC, fused.qkv, fused.low)
     between = KDADecode(fused.taps_FW, fused.A_log, fused.dt_bias, fused.f_b, fused.g_b, fused.o_norm)
     return h_BC, kda_decode(qkv, low_BL, between, pool.conv, pool.s, rows.slot_B, cfg.rms_eps)
 
@@ -80,11 +77,11 @@ def mla_mix(
     stream: Stream,
     state: DeviceState,
     rows: StepRows,
-    turn_B: Tensor,
+    turns: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h, delta) → their sum [B, C] and what the output projection reads [B, H·v], 0 in rows of padding."""
     pages, fused = state.latent[layer], w.fused
-    h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps, turn_B)
+    h_BC, x_BC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps, turns)
     q, kv_a = linear(x_BC, fused.q_kv_a).split([cfg.num_heads * cfg.qk_dim, cfg.latent_dim], -1)
     write_latent(kv_a, fused.kv_a_norm, pages, rows.position_B)
     q_BHK = q.unflatten(-1, (cfg.num_heads, cfg.qk_dim))

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -28,6 +29,9 @@ FLOOR = -60.0
 SLAB = 16
 # Heads of a sequence that a CPU thread takes at a time.
 HEADS = 4
+# Threads at work on several cards share fla's kernels, and Triton's tuner keeps what it is at in the kernel itself: a
+# second thread makes the first one's arguments go away under it, and two that tune may choose differently.
+_ONE_TUNER = Lock()
 
 
 def delta_path(device: torch.device, dtype: torch.dtype, length: int) -> DeltaPath:
@@ -226,7 +230,8 @@ def kda_chunk_fla(
     """
     from fla.ops.kda import chunk_kda
 
-    return chunk_kda(
-        q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True,
-        use_qk_l2norm_in_kernel=not normed, **gate,
-    )  # fmt: skip
+    with _ONE_TUNER:
+        return chunk_kda(
+            q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True,
+            use_qk_l2norm_in_kernel=not normed, **gate,
+        )  # fmt: skip

@@ -1,7 +1,9 @@
-"""Cholesky factors of Hessians in the order in which columns are rounded.
+"""Cholesky factors of Hessians in the order in which columns are rounded; many small systems of equations.
 
 Shape suffixes: K = in features; E = experts (batch).
 """
+
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -10,6 +12,10 @@ DAMP_GROWTH = 10.0
 DAMP_LIMIT = 1e4
 # Columns factored at once by `cholesky`, and solved for by `solve`, on a GPU.
 PANEL = 128
+# Torch's batched LU on a GPU (MAGMA's, above 16 unknowns) gives the host memory that tells where each matrix's pivots
+# go back before the card has read it, and a thread at work on another card is handed it: pivots of one then land among
+# the matrices of the other, without an error. LU ends in a wait for the card, so one at a time is enough.
+_ONE_LU = Lock()
 
 
 def permute_both(h_EKK: Tensor, order_EK: Tensor) -> Tensor:
@@ -101,3 +107,12 @@ def _solve_by_panels(a_ENK: Tensor, factor_EKK: Tensor) -> Tensor:
         left = x[..., p] - x[..., p.stop :] @ factor_EKK[..., p.stop :, p] if p.stop < k else x[..., p]
         x[..., p] = left @ inverse
     return x
+
+
+def solve_systems(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """x [.., G, 1] with a x = b for a [.., G, G] and b [.., G, 1], and for each system 0 where there is one [..].
+
+    For threads: see `_ONE_LU`.
+    """
+    with _ONE_LU:
+        return torch.linalg.solve_ex(a, b)

@@ -14,7 +14,7 @@ from torch import Tensor
 from klquant.core.grid import SCALE_DTYPE, Quantized, encode
 from klquant.core.spec import WeightSpec
 from klquant.quantize import kernels
-from klquant.quantize.factor import inverse_factor, permute_both
+from klquant.quantize.factor import inverse_factor, permute_both, solve_systems
 from klquant.quantize.rtn import fit_scales
 
 BLOCK = 128
@@ -141,7 +141,7 @@ def refit_scales(w_ENK: Tensor, h_EKK: Tensor, q: Quantized) -> Quantized:
         a[..., g, :] = (pushed * steps).unflatten(-1, (groups, width)).sum(-1)
     ridge = 1e-6 * a.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-20)
     a = a + torch.diag_embed(ridge[..., None].expand(e, n, groups))
-    fitted, info = torch.linalg.solve_ex(a, b.unsqueeze(-1))
+    fitted, info = solve_systems(a, b.unsqueeze(-1))
     fitted = fitted.squeeze(-1)
     usable = (info == 0).unsqueeze(-1) & torch.isfinite(fitted) & (fitted > 0)
     # A scale far from the one the codes were made for belongs to a group with hardly any code; leave it alone.

@@ -22,7 +22,7 @@ pytestmark = [needs_triton, pytest.mark.skipif(interpreting, reason="this proces
 HIDDEN, INNER, EXPERTS, TOP = 2304, 1024, 256, 8
 # One token count for each row of the tables in tiles.py.
 LINEAR_TOKENS = (1, 16, 32, 64, 128, 256, 4096)
-EXPERT_TOKENS = (1, 16, 256, 1024, 4096, 16384)
+EXPERT_TOKENS = (1, 2, 16, 64, 256, 1024, 4096, 16384)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -77,7 +77,9 @@ def test_add_rms_norm(width, stream, dtype):
     assert torch.equal(total.cpu(), want) and (total.dtype, normed.dtype) == (stream, dtype)
     exact = norm_reference.rms_norm(total.cpu().double(), weight.double(), 1e-5)
     assert error(normed, exact) < LIMIT[dtype]
-    alone, normed = norm_triton.add_rms_norm(strided(h), None, weight.to(DEVICE), 1e-5)
+    turns = torch.ones(5, 4, dtype=torch.int32, device=DEVICE)
+    alone, normed = norm_triton.add_rms_norm(strided(h), None, weight.to(DEVICE), 1e-5, turns)
+    assert not turns.any()
     assert torch.equal(alone.cpu(), h)
     assert error(normed, norm_reference.rms_norm(h.double(), weight.double(), 1e-5)) < LIMIT[dtype]
 
@@ -95,24 +97,6 @@ def test_a_delta_in_parts_is_their_sum(wide, with_shared, stream, dtype):
         assert torch.equal(added.cpu(), exact.to(dtype))
     got, want = (norm_triton.add_rms_norm(strided(h), delta, weight.to(DEVICE), 1e-5) for delta in (parts, added))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-@streams
-@pytest.mark.parametrize(("tokens", "width", "rows"), [(1, 1100, 5), (3, 40, 7)])
-def test_add_rms_norm_linear(tokens, width, rows, stream, dtype):
-    """Sum and norm are the norm kernel's, the map is of the norm before that is rounded."""
-    h, delta, weight = (torch.randn(*s).to(dtype) for s in ((tokens, width), (tokens, width), (width,)))
-    h = torch.randn(tokens, width).to(stream)
-    proj = (torch.randn(rows, width) / width**0.5).to(dtype)
-    parts = Parts(torch.randn(tokens, 3, width, device=DEVICE))
-    for beside in (strided(delta), parts, None):
-        args = strided(h), beside, weight.to(DEVICE), 1e-5
-        total, normed, out = norm_triton.add_rms_norm_linear(*args, proj.to(DEVICE))
-        want_total, want = norm_triton.add_rms_norm(*args)
-        assert torch.equal(total, want_total) and out.dtype == dtype
-        assert error(normed, want.cpu().double()) < LIMIT[dtype]
-        exact = rms_norm(total.cpu().double(), weight.double(), 1e-5)
-        assert error(out, exact @ proj.double().T) < LIMIT[dtype]
 
 
 def kda_case(heads: int, dim: int, rank: int, taps: int, dtype: torch.dtype) -> KDADecode:
@@ -356,10 +340,11 @@ def test_add_rms_norm_route(tokens, stream, dtype):
     h = torch.randn(tokens, 1100).to(stream)
     delta, norm = torch.randn(tokens, 1100).to(dtype), torch.randn(1100).to(dtype)
     for beside in (strided(delta), None):
-        args, turn = (strided(h), beside, norm.to(DEVICE), 1e-5), torch.full((tokens,), 7, dtype=torch.int32)
-        turn = turn.to(DEVICE)
-        want_total, want = norm_triton.add_rms_norm(*args, turn)
-        assert not turn.any()
+        args, turns = (strided(h), beside, norm.to(DEVICE), 1e-5), torch.full((tokens, 4), 7, dtype=torch.int32)
+        turns = turns.to(DEVICE)
+        want_total, want = norm_triton.add_rms_norm(*args, turns)
+        assert not turns.any()
+        turn = turns.view(-1)[:tokens]
         total, normed, *found = router.add_rms_norm_route(*args, *to_device(weights, bias), 3, 2.446, True, turn)
         assert torch.equal(total, want_total)
         assert error(normed, want.cpu().double()) < LIMIT[dtype]
@@ -390,10 +375,11 @@ def test_a_captured_router_counts_anew(tokens):
     """Replays choose as two launches do, from whatever program is last, and repeat their bits."""
     _, weights, bias = to_device(*routing_case(tokens, 256, 2304, torch.bfloat16))
     h, norm = to_device(torch.randn(tokens, 2304), torch.ones(2304).bfloat16())
-    turn = torch.empty(tokens, dtype=torch.int32, device=DEVICE)
+    turns = torch.empty(tokens, 2, dtype=torch.int32, device=DEVICE)
+    turn = turns.view(-1)[:tokens]
 
     def step():
-        _, x = norm_triton.add_rms_norm(h, None, norm, 1e-5, turn)
+        _, x = norm_triton.add_rms_norm(h, None, norm, 1e-5, turns)
         if tokens <= 4:
             return router.add_rms_norm_route(h, None, norm, 1e-5, weights, bias, 8, 2.446, True, turn)[2:]
         return router.route_normed(h, x, norm, 1e-5, weights, bias, 8, 2.446, True, turn)

@@ -8,7 +8,7 @@ from klquant.checkpoint.config import KimiLinearConfig
 from klquant.kernels.linear.dispatch import QuantLinear, QuantMLP
 from klquant.kernels.linear.tiles import linear_tile, make_tile
 from klquant.kernels.moe.dispatch import QuantExperts
-from klquant.kernels.moe.tiles import few_tiles, many_tiles
+from klquant.kernels.moe.tiles import joined_tiles, many_tiles
 from klquant.model.moe import moe, route
 from klquant.model.weights import MLPWeights, MoEWeights, linear
 from tests.kernels.build import exact, random_weight
@@ -57,4 +57,6 @@ def test_tiles_divide_the_rows_and_fit_small_cards(bits, group):
         for wgmma in (False, True):
             first, second = many_tiles(w.gate_up, w.down, tokens * 8, wgmma)
             assert first.tokens == second.tokens
-    assert few_tiles(w.gate_up, w.down, None, 8)[0].tokens == 8
+    for tokens in (1, 4, 32):
+        first, second = joined_tiles(w.gate_up, w.down, tokens)
+        assert (first.tokens, first.warps) == (second.tokens, second.warps)

@@ -13,6 +13,7 @@ if can_run:
     from klquant.kernels.linear.tiles import Tile
     from klquant.kernels.linear.triton import linear, linear_beside, linear_in_parts, unpacked
     from klquant.kernels.moe import grouping, reference, router
+    from klquant.kernels.moe import triton as moe_triton
     from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
 
 NARROW, WIDE, SCALED = (32, 8, 8, 8, 2), (64, 16, 4, 1, 2), (64, 16, 4, 1, 2, True)
@@ -147,7 +148,10 @@ FORMATS = [((4, -1, True), (8, -1, True)), ((4, 32, False), (16, -1, True)), ((3
            ((8, -1, True), (4, 32, False)), ((16, -1, True), None)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.bfloat16), (2, torch.float16), (9, torch.bfloat16)])
+CASES = [(1, torch.bfloat16), (2, torch.float16), (9, torch.bfloat16), (33, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), CASES)
 @pytest.mark.parametrize(("routed", "shared"), FORMATS)
 def test_experts(routed, shared, tokens, dtype):
     experts, top, hidden, inner = 4, 2, 64, 96
@@ -172,6 +176,26 @@ def test_experts(routed, shared, tokens, dtype):
     if beside:
         want += silu_mul(x.double(), exact(beside[0]), exact(beside[1])) @ exact(beside[2]).T
     assert error(y, want) < 2 * LIMIT[dtype]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 17])
+def test_halves_of_the_experts_may_share_a_launch(tokens):
+    """The same bits as in a launch each, with the same tiles; counters are whoever's came before."""
+    shapes = ((96, 160), (96, 160), (160, 96))
+    (gate_up, down), shared = (
+        [p.to(DEVICE) for p in dispatch.pack_mlp(*(random_weight((*lead, *s), bits, 32) for s in shapes))]
+        for lead, bits in (((6,), 4), ((), 8))
+    )
+    x = dispatch.pad_inputs(torch.randn(tokens, 160).bfloat16().to(DEVICE), gate_up)
+    expert = torch.stack([torch.randperm(6)[:3] for _ in range(tokens)]).int().to(DEVICE)
+    weight, tile = torch.rand(tokens, 3).to(DEVICE), Tile(64, 8, 2, 1, 2)
+    args = x, weight, expert, gate_up, down, shared
+    apart = moe_triton.many_tokens(*args, None, tile, tile)
+    made = torch.zeros(tokens * 4, dtype=torch.int32, device=DEVICE)
+    for counters in (None, made):
+        joined = moe_triton.joined(*args, tile, tile, counters)
+        assert torch.equal(joined.rows_TRC, apart.rows_TRC) and torch.equal(joined.beside_TC, apart.beside_TC)
+    assert made.any()
 
 
 @pytest.mark.parametrize("tokens", [3, 200])

@@ -1,8 +1,11 @@
-"""Second moments on a card: BF16 tokens, FP32 sums."""
+"""On a card: second moments of BF16 tokens, summed in FP32; systems of equations on two at once."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from klquant.quantize.factor import solve_systems
 from klquant.quantize.hessian import Moments
 
 pytestmark = pytest.mark.gpu
@@ -22,3 +25,24 @@ def test_moments_of_bf16_tokens_are_summed_in_fp32():
         # The drift is a difference that goes back to BF16 before the product; the rest is exact but for the sum.
         assert float((got - want).norm() / want.norm()) < tolerance, name
     assert gpu.count.item() == 5000
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+def test_systems_are_solved_on_two_cards_at_once():
+    """Enough of 18 unknowns that torch takes MAGMA's batched LU."""
+    cards, runs = [torch.device("cuda", i) for i in range(2)], 100
+
+    def system(card: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        gen = torch.Generator(card).manual_seed(0)
+        x = torch.randn(65536, 18, 40, device=card, generator=gen)
+        return x @ x.mT, torch.randn(65536, 18, 1, device=card, generator=gen)
+
+    systems = [system(card) for card in cards]
+    want = [solve_systems(*s)[0] for s in systems]
+
+    def solve(i: int) -> int:
+        with torch.cuda.device(cards[i]):
+            return sum(not torch.equal(solve_systems(*systems[i])[0], want[i]) for _ in range(runs))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(solve, range(2))) == [0, 0]

@@ -9,7 +9,13 @@ from klquant.kernels.card import has_wgmma
 from klquant.kernels.linear.dispatch import QuantMLP, Weight, apply_linear, pack_mlp, pad_inputs
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.moe import reference
-from klquant.kernels.moe.tiles import FEW_TOKENS, few_tiles, many_tiles, shares_launch
+from klquant.kernels.moe.tiles import (
+    JOINED_TOKENS,
+    NORM_ROUTER_TOKENS,
+    joined_tiles,
+    many_tiles,
+    shares_launch,
+)
 from klquant.kernels.norm import dispatch as norm
 from klquant.kernels.norm.parts import Parts
 
@@ -34,9 +40,14 @@ class QuantExperts:
             return routed if self.shared is None else routed + self.shared(x_TC)
         return apply_experts(self, x_TC, weight_TR, expert_TR)
 
-    def parts(self, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor | Parts:
-        """The same, or what is still to be added up to be the same, which a norm can do on the way."""
-        return expert_parts(self, x_TC, weight_TR, expert_TR) if x_TC.is_cuda else self(x_TC, weight_TR, expert_TR)
+    def parts(self, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, made: Tensor | None = None) -> Tensor | Parts:
+        """The same, or what is still to be added up to be the same, which a norm can do on the way.
+
+        `made`: T · (R + 1) zeros int32 that an earlier launch wrote, in which programs are counted.
+        """
+        if not x_TC.is_cuda:
+            return self(x_TC, weight_TR, expert_TR)
+        return expert_parts(self, x_TC, weight_TR, expert_TR, made)
 
 
 def apply_experts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Tensor:
@@ -53,16 +64,19 @@ def added_up(y: Tensor | Parts, dtype: torch.dtype) -> Tensor:
     return combine(y, dtype)
 
 
-def expert_parts(w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor) -> Parts:
-    """What programs that share a token's routes made for few tokens, each route's row for many."""
-    from klquant.kernels.moe.triton import few_tokens, many_tokens
+def expert_parts(
+    w: QuantExperts, x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, made: Tensor | None = None
+) -> Parts:
+    """A row of each route, and the shared expert's beside them."""
+    from klquant.kernels.moe.triton import joined, many_tokens
 
     shared = None if w.shared is None else (w.shared.gate_up, w.shared.down)
     widest = max((w.gate_up, *(shared or ())[:1]), key=lambda p: p.k_padded)
-    if len(x_TC) <= FEW_TOKENS:
-        tiles = few_tiles(w.gate_up, w.down, w.shared, expert_TR.shape[1])
-        x_TC = pad_inputs(x_TC, widest)
-        return few_tokens(x_TC, weight_TR, expert_TR, w.gate_up, w.down, *(shared or (None, None)), *tiles)
+    if len(x_TC) <= JOINED_TOKENS:
+        tiles = joined_tiles(w.gate_up, w.down, len(x_TC))
+        if w.shared is None or shares_launch(w.shared, tiles):
+            x_TC = pad_inputs(x_TC, widest)
+            return joined(x_TC, weight_TR, expert_TR, w.gate_up, w.down, shared, *tiles, made)
     tiles = many_tiles(w.gate_up, w.down, expert_TR.numel(), has_wgmma(x_TC))
     apart = None
     if shared and not shares_launch(w.shared, tiles):
@@ -94,7 +108,7 @@ def add_rms_norm_route(
     On a GPU, up to 64 tokens, the choice is made from the norm in FP32, before it is rounded to norm's dtype; programs
     are counted in `turn_T`, zeros int32 that an earlier launch wrote.
     """
-    if h_TC.is_cuda and len(h_TC) <= norm.FEW_TOKENS:
+    if h_TC.is_cuda and len(h_TC) <= NORM_ROUTER_TOKENS:
         from klquant.kernels.moe.router import add_rms_norm_route
 
         return add_rms_norm_route(h_TC, delta_TC, norm_C, eps, router_EC, bias_E, top, scale, renormalize, turn_T)

@@ -163,7 +163,7 @@ def norm_router_kernel(
 ):  # fmt: skip
     """The same behind the norm of BT tokens, which each program makes; grid (tiles of BE experts, 1)."""
     acc = norm_product(
-        h, h_stride, delta, delta_stride, norm, router, total, normed, None, tokens, width, experts, eps,
+        h, h_stride, delta, delta_stride, norm, router, total, normed, tokens, width, experts, eps,
         ROWS, BE, BT, BC, CHUNKS, EACH,
     )  # fmt: skip
     finish(

@@ -6,8 +6,12 @@ from klquant.kernels.linear.dispatch import QuantMLP
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile, make_tile, most_tokens
 
-# Up to here a program a route reads about what the experts' distinct weights take, and sorting would cost more.
-FEW_TOKENS = 4
+# Up to here hardly two tokens meet at an expert: each route is a tile, and nothing is sorted.
+UNSORTED_TOKENS = 4
+# Up to here both halves of the experts' work are one launch: of longer ones a launch more is nothing.
+JOINED_TOKENS = 32
+# Up to here the router is one launch with the norm before it.
+NORM_ROUTER_TOKENS = 4
 # For more tokens the router's logits are a matrix product, which is cuBLAS's in FP32.
 ROUTER_TOKENS = 64
 
@@ -37,17 +41,10 @@ def router_tile(tokens: int) -> RouterTile:
     return RouterTile(2, 8, 512, 4) if tokens <= 8 else RouterTile(4, 8, 512, 8)
 
 
-def few_tiles(gate_up: Packed, down: Packed, shared: QuantMLP | None, top: int) -> tuple[Tile, Tile]:
-    """Tiles of the two kernels without sorting. Routed and shared programs share a launch, and so a tile.
-
-    In the second a warp or more has a route of its own.
-    """
-    beside = (None, None) if shared is None else (shared.gate_up, shared.down)
-    split = max(8, 1 << (top - 1).bit_length())
-    return (
-        _tile(32, 8, 2, 1, 5, gate_up, beside[0]),
-        _tile(32, 8, split, split, 3, down, beside[1]),
-    )
+def joined_tiles(gate_up: Packed, down: Packed, tokens: int) -> tuple[Tile, Tile]:
+    """Tiles of the two halves of one launch, alike in tokens and warps: one token's leave room for more warps each."""
+    warps, *stages = (4, 5, 5) if tokens == 1 else (2, 5, 3) if tokens <= UNSORTED_TOKENS else (2, 3, 3)
+    return tuple(make_tile(w.bits, 64, 8, warps, 1, n) for w, n in zip((gate_up, down), stages, strict=True))
 
 
 def many_tiles(gate_up: Packed, down: Packed, routes: int, wgmma: bool) -> tuple[Tile, Tile]:
@@ -70,12 +67,6 @@ def many_tiles(gate_up: Packed, down: Packed, routes: int, wgmma: bool) -> tuple
         # Its rows are long and many: twice as many a program, more of them on their way.
         first = make_tile(gate_up.bits, 128, tokens, 4, 1, 5)
     return first, second
-
-
-def _tile(rows: int, tokens: int, warps: int, split: int, stages: int, *weights: Packed | None) -> Tile:
-    """One tile for weights of several widths of codes: whichever needs more shared memory says how many stages fit."""
-    tiles = (make_tile(w.bits, rows, tokens, warps, split, stages) for w in weights if w is not None)
-    return min(tiles, key=lambda tile: tile.stages)
 
 
 def shares_launch(shared: QuantMLP, tiles: tuple[Tile, Tile]) -> bool:

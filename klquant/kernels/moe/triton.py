@@ -1,11 +1,10 @@
 """Routed experts and the shared one.
 
-Few tokens: two launches, nothing sorted. `route_gate_up_kernel` has a program for each (route, tile) and for each tile
-of the shared expert; `route_down_kernel` has some for each (token, tile): each sums a part of that token's routes in
-registers, in a fixed order, and the last has the shared expert. Their sum is left to the next norm.
-Many tokens: routes sorted by expert (`grouping`), tiles of routes that share an expert, a weighted row for each route,
-and `combine_kernel`, or the next norm, adds a token's rows and the shared expert's in a fixed order.
-Shapes: h [T·R, I], in order of route or sorted by expert; shared h [T, I].
+Routes are sorted by expert (`grouping`); a tile has routes that share an expert, or, of so few tokens that hardly two
+do, one route. The first half of the work makes silu(gate) · up of each route, the second a weighted row, and
+`combine_kernel`, or the next norm, adds a token's rows and the shared expert's in a fixed order. A decode step has both
+halves in one launch (`joined`), which is what its few microseconds are worth; many tokens have a launch for each.
+Shapes: h [T·R, I] in order of tiles; shared h [T, I].
 """
 
 import torch
@@ -13,108 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klquant.kernels.bricks import BRICK, CHUNK, ROWS, accumulate, fields, split_product, tile_product
+from klquant.kernels.bricks import tile_product
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 from klquant.kernels.linear.triton import PTX, gated
 from klquant.kernels.moe.grouping import group
+from klquant.kernels.moe.tiles import UNSORTED_TOKENS
 from klquant.kernels.norm.parts import WIDE_TOKENS, Parts
-
-# Programs that share a token's routes in the second of the few-token kernels; the shared expert has its own.
-ROUTE_PARTS = 2
-
-
-@triton.jit
-def route_gate_up_kernel(
-    x, x_stride, expert, words, high, scale, zero, bricks, groups, words_stride, scale_stride, h, inner,
-    shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups, shared_h, shared_inner,
-    shared_tiles, tokens, top,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """silu(gate) · up of every route and of the shared expert; grid: shared_tiles, then tiles × routes."""
-    program = tl.program_id(0)
-    m = tl.arange(0, BM)
-    n = tl.arange(0, BN // 2)
-    if program < shared_tiles:
-        if SHARED_BITS > 0:
-            acc = tile_product(
-                x + m * x_stride, m < tokens, shared_words, shared_high, shared_scale, shared_zero, program * BN,
-                shared_bricks, shared_groups, 0, shared_bricks, SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, False, STAGES,
-                PTX,
-            )  # fmt: skip
-            at = m[None, :] * shared_inner + (program * (BN // 2) + n)[:, None]
-            tl.store(shared_h + at, gated(acc).to(h.dtype.element_ty), mask=(m < tokens)[None, :])
-    else:
-        tiles = inner // (BN // 2)
-        route = (program - shared_tiles) // tiles
-        tile = (program - shared_tiles) % tiles
-        # Where the expert begins. No function returns these pointers: before Triton 3.7 none can return None.
-        e = tl.load(expert + route).to(tl.int64)
-        w, s = e * words_stride, e * scale_stride
-        acc = tile_product(
-            x + (route // top) * x_stride + tl.zeros([BM], tl.int32), m < 1, words + w,
-            high + w if high is not None else None, scale + s if scale is not None else None,
-            zero + s if zero is not None else None, tile * BN, bricks,
-            groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, False, STAGES, PTX,
-        )  # fmt: skip
-        at = route * inner + tile * (BN // 2) + n[:, None] + m[None, :]
-        tl.store(h + at, gated(acc).to(h.dtype.element_ty), mask=(m < 1)[None, :])
-
-
-@triton.jit
-def route_down_kernel(
-    h, inner, expert, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride,
-    shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups, shared_h, shared_inner, y, rows,
-    top, token_stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr,
-    PARTS: tl.constexpr, ROUTES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """y [T, parts, rows] FP32; grid (tiles of rows, tokens, parts): PARTS of ROUTES routes, then the shared expert.
-
-    SPLIT // ROUTES warps share the bricks of each route.
-    """
-    token = tl.program_id(1)
-    part = tl.program_id(2)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    # One token: column 0 of BM.
-    m = tl.arange(0, BM)
-    parts = tl.zeros([SPLIT, BN, BM], tl.float32)
-    if part < PARTS:
-        s = tl.arange(0, SPLIT)
-        j = tl.arange(0, CHUNK)
-        INPUTS: tl.constexpr = CHUNK * fields(BITS)
-        AT_ONCE: tl.constexpr = SPLIT // ROUTES
-        route = part * ROUTES + s % ROUTES
-        exists = route < top
-        e = tl.load(expert + token * top + route, mask=exists, other=0).to(tl.int64)
-        factor = tl.load(weight + token * top + route, mask=exists, other=0.0)
-        row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
-        w_at = (e * words_stride)[:, None, None] + row[None, :, None] + j[None, None, :]
-        scale_at = (e * scale_stride)[:, None] + ((n // ROWS) * groups * ROWS + n % ROWS)[None, :]
-        x_at = h + ((token * top + route) * inner)[:, None, None] + j[None, :, None] + (m * 0)[None, None, :]
-        for first in tl.range(0, bricks, AT_ONCE, num_stages=STAGES):
-            brick = first + s // ROUTES
-            lives = (exists & (brick < bricks))[:, None, None]
-            inside = tl.minimum(brick, bricks - 1)
-            at = w_at + (inside * BRICK)[:, None, None]
-            parts = accumulate(
-                parts, x_at + (inside * INPUTS)[:, None, None], (m < 1)[None, None, :] & lives, words + at,
-                high + at if BITS == 3 else None, lives, scale, zero, scale_at, inside[:, None], BITS, GROUP, False,
-                PTX,
-            )  # fmt: skip
-        parts *= factor[:, None, None]
-    else:
-        if SHARED_BITS > 0:
-            parts = split_product(
-                parts, shared_h + token * shared_inner + m * 0, m < 1, shared_words, shared_high, shared_scale,
-                shared_zero, tl.program_id(0) * BN, shared_bricks, shared_groups, 0, shared_bricks,
-                SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, STAGES, PTX,
-            )  # fmt: skip
-    acc = tl.sum(parts, 0)
-    store = (m < 1)[None, :] & (n < rows)[:, None]
-    tl.store(y + token * token_stride + part * rows + n[:, None] + m[None, :], acc, mask=store)
 
 
 @triton.jit
@@ -131,17 +35,82 @@ def grouped_kernel(
 
     Grid (tiles of rows, `shared_tiles` tiles of tokens for the shared expert, then tiles of routes).
     """
-    tile = tl.program_id(1) - shared_tiles
-    first_row = tl.program_id(0) * BN
+    _half(
+        tl.program_id(0), tl.program_id(1), x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups,
+        words_stride, scale_stride, y, rows, top, shared_x, shared_x_stride, shared_words, shared_high, shared_scale,
+        shared_zero, shared_bricks, shared_groups, shared_y, shared_rows, tokens, shared_tiles,
+        BITS, GROUP, SHARED_BITS, SHARED_GROUP, GATED, BN, BM, SPLIT, SCALED, STAGES, PTX,
+    )  # fmt: skip
+
+
+@triton.jit
+def joined_kernel(
+    x, x_stride, order, tiles, weight, h, y, inner, rows, top, made,
+    words, high, scale, zero, bricks, groups, words_stride, scale_stride,
+    down_words, down_high, down_scale, down_zero, down_bricks, down_groups, down_words_stride, down_scale_stride,
+    shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups, shared_h, shared_inner,
+    shared_down_words, shared_down_high, shared_down_scale, shared_down_zero, shared_down_bricks, shared_down_groups,
+    shared_y, shared_rows, tokens, shared_tiles, each, first_programs, second_each,
+    BITS: tl.constexpr, GROUP: tl.constexpr, DOWN_BITS: tl.constexpr, DOWN_GROUP: tl.constexpr,
+    SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr,
+    SHARED_DOWN_BITS: tl.constexpr, SHARED_DOWN_GROUP: tl.constexpr,
+    BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, DOWN_BN: tl.constexpr, DOWN_SPLIT: tl.constexpr,
+    DOWN_STAGES: tl.constexpr, BM: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Both halves in one launch: what the second reads of a tile is there when `made` [tiles] counts all its programs.
+
+    x by token, h by tile, y by route. Grid (`first_programs` + the second half's,): `each` and `second_each` programs a
+    tile. A card begins programs in order, so that whoever waits, waits for programs that are at work.
+    """
+    program = tl.program_id(0)
+    if program < first_programs:
+        tile = program // each
+        _half(
+            program % each, tile, x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups,
+            words_stride, scale_stride, h, inner, top, x, x_stride, shared_words, shared_high, shared_scale,
+            shared_zero, shared_bricks, shared_groups, shared_h, shared_inner, tokens, shared_tiles,
+            BITS, GROUP, SHARED_BITS, SHARED_GROUP, True, BN, BM, SPLIT, False, STAGES, PTX,
+        )  # fmt: skip
+        tl.debug_barrier()
+        tl.atomic_add(made + tile, 1, sem="release")
+    else:
+        tile = (program - first_programs) // second_each
+        there = tl.atomic_add(made + tile, 0, sem="acquire")
+        while there < each:
+            there = tl.atomic_add(made + tile, 0, sem="acquire")
+        _half(
+            (program - first_programs) % second_each, tile, h, inner, order, tiles, weight, down_words, down_high,
+            down_scale, down_zero, down_bricks, down_groups, down_words_stride, down_scale_stride, y, rows, top,
+            shared_h, shared_inner, shared_down_words, shared_down_high, shared_down_scale, shared_down_zero,
+            shared_down_bricks, shared_down_groups, shared_y, shared_rows, tokens, shared_tiles,
+            DOWN_BITS, DOWN_GROUP, SHARED_DOWN_BITS, SHARED_DOWN_GROUP, False, DOWN_BN, BM, DOWN_SPLIT, False,
+            DOWN_STAGES, PTX,
+        )  # fmt: skip
+
+
+@triton.jit
+def _half(
+    row_tile, tile, x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups, words_stride,
+    scale_stride, y, rows, top,
+    shared_x, shared_x_stride, shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups,
+    shared_y, shared_rows, tokens, shared_tiles,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr, GATED: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """What a program of either kernel does for `row_tile` of the outputs of `tile`.
+
+    Without an `order`, `tiles` has the expert of each route, which is a tile of its own.
+    """
     OUT: tl.constexpr = BN // 2 if GATED else BN
-    n = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    if tile < 0:
-        if SHARED_BITS > 0 and tl.program_id(0) * OUT < shared_rows:
-            m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = row_tile * OUT + tl.arange(0, OUT)
+    if tile < shared_tiles:
+        if SHARED_BITS > 0 and row_tile * OUT < shared_rows:
+            m = tile * BM + tl.arange(0, BM)
             exists = m < tokens
             acc = tile_product(
                 shared_x + m.to(tl.int64) * shared_x_stride, exists, shared_words, shared_high, shared_scale,
-                shared_zero, first_row, shared_bricks, shared_groups, 0, shared_bricks,
+                shared_zero, row_tile * BN, shared_bricks, shared_groups, 0, shared_bricks,
                 SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX,
             )  # fmt: skip
             if GATED:
@@ -150,56 +119,64 @@ def grouped_kernel(
             inside = exists[None, :] & (n < shared_rows)[:, None]
             tl.store(shared_y + at, acc.to(y.dtype.element_ty), mask=inside)
     else:
-        e = tl.load(tiles + tile * 3)
-        if e >= 0 and tl.program_id(0) * OUT < rows:
-            first, last = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+        own = tile - shared_tiles
+        e = tl.load(tiles + own * 3 if order is not None else tiles + own)
+        if e >= 0 and row_tile * OUT < rows:
+            first = tl.load(tiles + own * 3 + 1) if order is not None else own
+            last = tl.load(tiles + own * 3 + 2) if order is not None else own + 1
             # An expert's last tile is half empty half of the time, or nearly empty.
             if BM >= 128 and last - first <= BM // 4:
                 _routes(
-                    x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
-                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 4, SPLIT, SCALED,
+                    row_tile, x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups,
+                    words_stride, scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 4, SPLIT, SCALED,
                     STAGES, PTX,
                 )  # fmt: skip
             elif BM >= 64 and last - first <= BM // 2:
                 _routes(
-                    x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
-                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 2, SPLIT, SCALED,
+                    row_tile, x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups,
+                    words_stride, scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 2, SPLIT, SCALED,
                     STAGES, PTX,
                 )  # fmt: skip
             else:
                 _routes(
-                    x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
-                    scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM, SPLIT, SCALED,
+                    row_tile, x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups,
+                    words_stride, scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM, SPLIT, SCALED,
                     STAGES, PTX,
                 )  # fmt: skip
 
 
 @triton.jit
 def _routes(
-    x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride, y,
-    rows, top,
+    row_tile, x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
+    scale_stride, y, rows, top,
     BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     SPLIT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `grouped_kernel`: sorted routes [first, last), all of expert e."""
+    """Routes [first, last) of the order given, all of expert e."""
     m = first + tl.arange(0, BM)
     exists = m < last
-    source = tl.load(order + m, mask=exists, other=0) // top if GATED else m
+    source = _route(order, m, exists) // top if GATED else m
     w, s = e.to(tl.int64) * words_stride, e.to(tl.int64) * scale_stride
     acc = tile_product(
         x + source.to(tl.int64) * x_stride, exists, words + w, high + w if high is not None else None,
         scale + s if scale is not None else None, zero + s if zero is not None else None,
-        tl.program_id(0) * BN, bricks, groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX,
+        row_tile * BN, bricks, groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX,
     )  # fmt: skip
     if GATED:
         acc = gated(acc)
         target = m
     else:
-        target = tl.load(order + m, mask=exists, other=0)
+        target = _route(order, m, exists)  # read again rather than held in registers until here
         acc = acc * tl.load(weight + target, mask=exists, other=0.0)[None, :]
-    n = tl.program_id(0) * acc.shape[0] + tl.arange(0, acc.shape[0])
+    n = row_tile * acc.shape[0] + tl.arange(0, acc.shape[0])
     at = target.to(tl.int64)[None, :] * rows + n[:, None]
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=exists[None, :] & (n < rows)[:, None])
+
+
+@triton.jit
+def _route(order, m, exists):
+    """The routes at places m of the order given."""
+    return tl.load(order + m, mask=exists, other=0) if order is not None else m
 
 
 @triton.jit
@@ -221,43 +198,11 @@ def _strides(w: Packed) -> tuple[int, int]:
     return w.words.stride(0), 0 if w.scale is None else w.scale.stride(0)
 
 
-def few_tokens(
-    x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed, down: Packed,
-    shared_gate_up: Packed | None, shared_down: Packed | None, first: Tile, second: Tile,
-) -> Parts:  # fmt: skip
-    """Routed experts plus the shared one, for at most `first.tokens` tokens: two launches.
-
-    Their parts are in FP32, one of a program that has some of a token's routes, the last the shared expert's.
-    """
-    tokens, top = expert_TR.shape
-    device, dtype = x_TC.device, x_TC.dtype
-    inner = gate_up.row_bricks * 16 // 2
-    h = torch.empty(tokens * top, inner, device=device, dtype=dtype)
-    shared_inner = 0 if shared_gate_up is None else shared_gate_up.row_bricks * 16 // 2
-    shared_h = torch.empty(tokens, shared_inner, device=device, dtype=dtype)
-    shared_tiles = shared_inner * 2 // first.rows
-    route_gate_up_kernel[(shared_tiles + inner * 2 // first.rows * tokens * top,)](
-        x_TC, x_TC.stride(0), expert_TR, *gate_up.tensors, gate_up.bricks, gate_up.groups, *_strides(gate_up), h, inner,
-        *_shared(shared_gate_up), shared_h, shared_inner, shared_tiles, tokens, top,
-        BITS=gate_up.bits, GROUP=gate_up.group, **_shared_format(shared_gate_up), PTX=PTX, **first.options,
-    )  # fmt: skip
-    routes = max(1, triton.next_power_of_2(top) // ROUTE_PARTS)
-    parts = triton.cdiv(top, routes)
-    y = torch.empty(tokens, parts + (shared_down is not None), down.n, device=device, dtype=torch.float32)
-    route_down_kernel[(down.row_bricks * 16 // second.rows, tokens, y.shape[1])](
-        h, inner, expert_TR, weight_TR, *down.tensors, down.bricks, down.groups, *_strides(down),
-        *_shared(shared_down), shared_h, shared_inner, y, down.n, top, y.stride(0),
-        BITS=down.bits, GROUP=down.group, **_shared_format(shared_down), PARTS=parts, ROUTES=routes, PTX=PTX,
-        **second.options,
-    )  # fmt: skip
-    return Parts(y)
-
-
 def many_tokens(
     x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed, down: Packed,
     shared: tuple[Packed, Packed] | None, shared_TC: Tensor | None, first: Tile, second: Tile,
 ) -> Parts:  # fmt: skip
-    """Routed experts and the shared one: three launches. Tiles alike in tokens.
+    """Routed experts and the shared one: routes sorted, then a launch for each half. Tiles alike in tokens.
 
     `shared`, gate·up and down, is run by the same launches; or else `shared_TC` is what the shared expert made of x.
     """
@@ -286,6 +231,45 @@ def many_tokens(
     routed, shared_h = run(x_TC, x_TC if shared else None, gate_up, beside[0], first, True)
     routed, made = run(routed, shared_h, down, beside[1], second, False)
     return Parts(routed.unflatten(0, (tokens, top)), made if shared else shared_TC)
+
+
+def joined(
+    x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed, down: Packed,
+    shared: tuple[Packed, Packed] | None, first: Tile, second: Tile, made: Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """`many_tokens` of a decode step, both halves in one launch: tiles alike in tokens and warps.
+
+    `made`: T · (R + 1) zeros int32, which it does not leave so. Without, a launch makes them.
+    """
+    tokens, top = expert_TR.shape
+    device, dtype = x_TC.device, x_TC.dtype
+    shared_tiles = 0 if shared is None else triton.cdiv(tokens, first.tokens)
+    order, tiles = None, expert_TR.view(-1)
+    if tokens > UNSORTED_TOKENS:
+        order, tiles = group(expert_TR, gate_up.experts, first.tokens)
+    count = len(tiles) + shared_tiles
+    if made is None:
+        made = torch.zeros(count, dtype=torch.int32, device=device)
+    assert len(made) >= count, "too few counters"
+    beside = shared or (None, None)
+    inner, shared_inner = (0 if w is None else w.row_bricks * 16 // 2 for w in (gate_up, beside[0]))
+    h = torch.empty(tokens * top, inner, device=device, dtype=dtype)
+    shared_h = torch.empty(tokens, shared_inner, device=device, dtype=dtype)
+    y = torch.empty(tokens * top, down.n, device=device, dtype=torch.float32)
+    shared_y = None if shared is None else torch.empty(tokens, down.n, device=device, dtype=torch.float32)
+    each, second_each = 2 * max(inner, shared_inner) // first.rows, down.row_bricks * 16 // second.rows
+    joined_kernel[((each + second_each) * count,)](
+        x_TC, x_TC.stride(0), order, tiles, weight_TR, h, y, inner, down.n, top, made,
+        *gate_up.tensors, gate_up.bricks, gate_up.groups, *_strides(gate_up),
+        *down.tensors, down.bricks, down.groups, *_strides(down),
+        *_shared(beside[0]), shared_h, shared_inner, *_shared(beside[1]), shared_y, down.n, tokens, shared_tiles, each,
+        each * count, second_each,
+        BITS=gate_up.bits, GROUP=gate_up.group, DOWN_BITS=down.bits, DOWN_GROUP=down.group,
+        **_shared_format(beside[0]), **{f"SHARED_DOWN_{k[7:]}": v for k, v in _shared_format(beside[1]).items()},
+        BN=first.rows, SPLIT=first.split, STAGES=first.stages, DOWN_BN=second.rows, DOWN_SPLIT=second.split,
+        DOWN_STAGES=second.stages, BM=first.tokens, PTX=PTX, num_warps=first.warps,
+    )  # fmt: skip
+    return Parts(y.unflatten(0, (tokens, top)), shared_y)
 
 
 def combine(parts: Parts, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""h + delta and its RMSNorm, with a small linear map of it for few tokens; the gated norm of heads."""
+"""h + delta and its RMSNorm; the product of a norm and some rows of a map; the gated norm of heads."""
 
 import torch
 import triton
@@ -6,9 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from klquant.kernels.norm.parts import Parts
-
-# Rows of a linear map that a program of its norm has: few, so that a map of some hundred spreads over a card.
-LINEAR_ROWS = 2
 
 
 @triton.jit
@@ -20,10 +17,10 @@ def normalize(x, weight, width, eps, DTYPE: tl.constexpr):
 
 @triton.jit
 def add_rms_norm_kernel(
-    h, h_stride, delta, delta_stride, beside, weight, total, normed, turn, width, eps, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    h, h_stride, delta, delta_stride, beside, weight, total, normed, turns, width, eps, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    """total [T, width] = h + delta, unless there is no delta, and its norm; grid (tokens,). `turn` [T] is set to 0.
+    """total [T, width] = h + delta, unless there is no delta, and its norm; `turns` [T, TURNS] = 0. Grid (tokens,).
 
     ROWS > 0: a token's delta is so many rows and `beside`'s one, if any. h and total may be wider than normed.
     """
@@ -44,14 +41,14 @@ def add_rms_norm_kernel(
             d = d.to(DTYPE).to(tl.float32)
         x = (x.to(tl.float32) + d).to(DTYPE)
         tl.store(total + token * width + c, x, mask=inside)
-    if turn is not None:
-        tl.store(turn + token, 0)
+    if turns is not None:
+        tl.store(turns + token * TURNS + tl.arange(0, TURNS), 0)
     y = normalize(x.to(tl.float32), w, width, eps, DTYPE)
     tl.store(normed + token * width + c, y.to(normed.dtype.element_ty), mask=inside)
 
 
 def add_rms_norm(
-    h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, turn_T: Tensor | None = None
+    h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, turns: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(h + delta, its norm). Rows of h and of a delta that is not in parts may be strided."""
     tokens, width = h_TC.shape
@@ -59,8 +56,8 @@ def add_rms_norm(
     delta, delta_stride, rows, beside = addends(delta_TC)
     block = triton.next_power_of_2(width)
     add_rms_norm_kernel[(tokens,)](
-        h_TC, h_TC.stride(0), delta, delta_stride, beside, weight_C, total, normed, turn_T, width, eps, ROWS=rows,
-        BLOCK=block, num_warps=min(8, max(1, block // 256)),
+        h_TC, h_TC.stride(0), delta, delta_stride, beside, weight_C, total, normed, turns, width, eps, ROWS=rows,
+        BLOCK=block, TURNS=0 if turns is None else turns.shape[1], num_warps=min(8, max(1, block // 256)),
     )  # fmt: skip
     return h_TC if total is None else total, normed
 
@@ -110,7 +107,7 @@ def columns(BC: tl.constexpr, EACH: tl.constexpr):
 
 @triton.jit
 def norm_product(
-    h, h_stride, delta, delta_stride, weight, proj, total, normed, turn, tokens, width, rows, eps,
+    h, h_stride, delta, delta_stride, weight, proj, total, normed, tokens, width, rows, eps,
     ROWS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
     EACH: tl.constexpr,
 ):  # fmt: skip
@@ -161,44 +158,7 @@ def norm_product(
             if delta is not None:
                 tl.store(total + to, x[i], mask=inside)
             tl.store(normed + to, y.to(NORMED), mask=inside)
-    if turn is not None and tl.program_id(0) == 0:
-        tl.store(turn + t, 0, mask=t < tokens)
     return tl.sum(acc, 2)
-
-
-@triton.jit
-def norm_linear_kernel(
-    h, h_stride, delta, delta_stride, weight, proj, total, normed, turn, out, tokens, width, rows, eps,
-    ROWS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr,
-    EACH: tl.constexpr,
-):  # fmt: skip
-    """out [T, rows] = norm · projᵀ; grid (tiles of BN rows,). `turn` [T], if any, is set to 0."""
-    acc = norm_product(
-        h, h_stride, delta, delta_stride, weight, proj, total, normed, turn, tokens, width, rows, eps,
-        ROWS, BN, BT, BC, CHUNKS, EACH,
-    )  # fmt: skip
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    t = tl.arange(0, BT)
-    to = out + t[None, :] * rows + n[:, None]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=(n < rows)[:, None] & (t < tokens)[None, :])
-
-
-def add_rms_norm_linear(
-    h_TC: Tensor, delta_TC: Tensor | Parts | None, weight_C: Tensor, eps: float, proj_NC: Tensor,
-    turn_T: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(h + delta, its norm, norm · projᵀ) of few tokens. Parts have nothing beside them."""
-    (tokens, width), rows = h_TC.shape, len(proj_NC)
-    total, normed = sum_and_norm(h_TC, delta_TC, weight_C.dtype)
-    delta, delta_stride, delta_rows, _ = addends(delta_TC)
-    out = torch.empty(tokens, rows, dtype=proj_NC.dtype, device=h_TC.device)
-    block = min(1024, triton.next_power_of_2(width))
-    norm_linear_kernel[(triton.cdiv(rows, LINEAR_ROWS),)](
-        h_TC, h_TC.stride(0), delta, delta_stride, weight_C, proj_NC, total, normed, turn_T, out, tokens, width, rows,
-        eps, ROWS=delta_rows, BN=LINEAR_ROWS, BT=triton.next_power_of_2(tokens), BC=block,
-        CHUNKS=triton.cdiv(width, block), EACH=max(1, block // 128), num_warps=4,
-    )  # fmt: skip
-    return h_TC if total is None else total, normed, out
 
 
 def sum_and_norm(h_TC: Tensor, delta_TC: Tensor | Parts | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:

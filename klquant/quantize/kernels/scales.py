@@ -15,6 +15,7 @@ from torch import Tensor
 
 from klquant.core.grid import SCALE_DTYPE, Quantized
 from klquant.core.spec import WeightSpec
+from klquant.quantize.factor import solve_systems
 from klquant.quantize.kernels.columns import batches
 from klquant.quantize.kernels.numeric import round_between, round_bf16
 
@@ -161,7 +162,7 @@ def _refit(w_ENK: Tensor, h_EKK: Tensor, q: Quantized) -> Tensor:
     ridge = 1e-6 * diagonal.mean(-1, keepdim=True).clamp_min(1e-20)
     diagonal += ridge
     # The ridge pulls toward scale nought, as it does when one solves for the scale itself.
-    delta, info = torch.linalg.solve_ex(a, (b - ridge * old).unsqueeze(-1))
+    delta, info = solve_systems(a, (b - ridge * old).unsqueeze(-1))
     fitted = old + delta.squeeze(-1)
     usable = (info == 0).unsqueeze(-1) & torch.isfinite(fitted) & (fitted > 0)
     usable &= (fitted < 2 * old) & (fitted > 0.5 * old)
