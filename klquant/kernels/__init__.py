@@ -9,7 +9,7 @@
     step/         where the tokens of a step go, and their embeddings
     sample/       the noise that makes the largest logit a draw
     mla/          pages of latents in 16 or 8 bits, writing to them, absorbed attention to them; around that of a chunk
-    norm/         h + delta and its RMSNorm, with a small linear map of it; KDA's gated norm; those that the model uses
+    norm/         h + delta and its RMSNorm; KDA's gated norm; those that the model uses
 
 **Bytes.** At batch 1 a step of the 48B is reading 2.5 GB of weights once; arithmetic does not matter until some hundred
 tokens share a weight. So the layout is made for reading: a weight is repacked once at load into 1 KiB bricks of 16 rows
@@ -24,9 +24,10 @@ shift, one `lop3`, one `fma` for two codes, no shuffles and no transposes, the s
 **Precision.** Codes are exact integers in BF16 and FP16 and the scale multiplies FP32 sums of its group. The result is
 closer to FP64 than the product with dequantized BF16 weights. No float atomics: a result has the same bits every time.
 
-**Launches.** A linear map is one, an MLP two (gate, up and SiLU in the first), a layer of experts for few tokens two,
-shared expert included, and for many tokens four (group, gate·up, down, combine) plus two for the shared expert; in a
-step of many sequences the next norm combines. Between its projections a KDA layer is two launches (what the states
+**Launches.** A linear map is one, an MLP two (gate, up and SiLU in the first), a layer of experts for few tokens one,
+shared expert included, plus one that sorts routes from five tokens on, and for many tokens three (group, gate·up, down)
+plus two for the shared expert; what adds a token's rows up is the next norm in a step, else a launch more. Between its
+projections a KDA layer is two launches (what the states
 meet, the states), an MLA layer four (write the latent; absorb, attend, finish), a norm with the sum before it and the
 router behind it one or two; a step begins with two and ends with three.
 Nothing asks the host, nothing is tuned at first use: all of it can be captured in a CUDA graph, with grids that depend
