@@ -27,9 +27,9 @@ closer to FP64 than the product with dequantized BF16 weights. No float atomics:
 **Launches.** A linear map is one, an MLP two (gate, up and SiLU in the first), a layer of experts for few tokens one,
 shared expert included, plus one that sorts routes from five tokens on, and for many tokens three (group, gate·up, down)
 plus two for the shared expert; what adds a token's rows up is the next norm in a step, else a launch more. Between its
-projections a KDA layer is two launches (what the states
-meet, the states), an MLA layer four (write the latent; absorb, attend, finish), a norm with the sum before it and the
-router behind it one or two; a step begins with two and ends with three.
+projections a KDA layer is two launches (what the states meet, the states), an MLA layer four (write the latent; absorb,
+attend, finish), a norm with the sum before it and the router behind it one or two; a step begins with two and ends with
+three.
 Nothing asks the host, nothing is tuned at first use: all of it can be captured in a CUDA graph, with grids that depend
 on the number of tokens only; a step's lengths and slots are read by the kernels. Tiles come from a table and fit the 99
 KiB of shared memory of sm86 and sm89; attention alone takes a larger one, and as many parts as there are
