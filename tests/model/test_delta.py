@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from klquant.model.delta import delta_path, kda_chunk, kda_chunk_fla, kda_naive, kda_step
+from tests.alone import Alone, in_threads
 
 
 def inputs(length, decay, *, batch=2, heads=3, dim=16, dtype=torch.float64, seed=0):
@@ -115,3 +116,12 @@ def test_every_flag_given_to_fla_is_one_of_its_parameters(monkeypatch):
     monkeypatch.setattr(kda, "chunk_kda", lambda **kwargs: passed.update(kwargs))
     kda_chunk_fla(*inputs(4, 1.0))
     assert {"q", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"} <= set(passed) <= set(parameters)
+
+
+def test_one_thread_at_a_time_calls_fla(monkeypatch):
+    """Triton's tuner fails when a second thread calls the kernel that it tunes."""
+    kda = pytest.importorskip("fla.ops.kda")
+    x = inputs(4, 1.0)
+    monkeypatch.setattr(kda, "chunk_kda", alone := Alone((x[2], x[5])))
+    in_threads(lambda: kda_chunk_fla(*x))
+    assert alone.most == 1

@@ -6,6 +6,7 @@ import torch
 from klquant.core.spec import WeightSpec
 from klquant.quantize.gptq import descend, gptq, inverse_factor, layer_loss, refit_scales
 from klquant.quantize.rtn import rtn
+from tests.alone import Alone, in_threads
 
 E, N, K = 3, 24, 160
 
@@ -142,3 +143,13 @@ def test_an_exact_weight_stays_exact():
     w, h = problem(10)
     grid = rtn(w, spec).decode()
     assert float(gptq(grid, h, spec).relative.max()) < 1e-4
+
+
+def test_one_thread_at_a_time_solves_for_scales(monkeypatch):
+    """Two cards at once would get each other's pivots: see `klquant.quantize.factor`."""
+    w, h = problem(11)
+    q = rtn(w, WeightSpec(bits=4, group_size=32))
+    solved = torch.ones(E, N, 5, 1), torch.zeros(E, N, dtype=torch.int32)
+    monkeypatch.setattr(torch.linalg, "solve_ex", alone := Alone(solved))
+    in_threads(lambda: refit_scales(w, h, q))
+    assert alone.most == 1
