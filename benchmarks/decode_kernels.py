@@ -46,7 +46,7 @@ VOCAB = 163_840
 BATCHES, CONTEXTS = (1, 8, 32), (128, 16 << 10, 128 << 10)
 STORED = {"BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn, "INT8": torch.int8}
 # Experts, tokens, columns and warps of a program.
-ROUTER_SWEEP = ((1, 8, 512, 4), (2, 8, 256, 4), (2, 8, 512, 4), (2, 8, 512, 8), (4, 8, 256, 4), (4, 8, 512, 8))
+ROUTER_SWEEP = ((2, 4, 512, 4), (4, 4, 512, 4), (4, 4, 512, 8), (8, 2, 512, 4), (2, 8, 512, 4), (4, 8, 512, 8))
 # The same without tokens, of a program that makes the norm as well.
 FUSED_SWEEP = ((1, 512, 4), (2, 256, 4), (2, 512, 4), (2, 1024, 8), (4, 512, 4))
 SCALE = (NOPE + ROPE) ** -0.5
@@ -257,7 +257,7 @@ def draw_case(batch: int, noise: bool) -> Case:
 
 
 def router_case(tokens: int, how: str, tile: RouterTile | None = None) -> Case:
-    """A norm, which clears `turn` in a step too, and the router behind it.
+    """A norm, which clears what programs count in as in a step, and the router behind it.
 
     `one`: a launch behind the norm; `fused`: one that makes a norm of its own; `two`: cuBLAS's logits, then the choice.
     """
@@ -265,13 +265,14 @@ def router_case(tokens: int, how: str, tile: RouterTile | None = None) -> Case:
     copies = copies_for(nbytes)
     h, norm, bias = bf16(tokens, HIDDEN).float(), 1 + bf16(HIDDEN, scale=0.1), torch.randn(EXPERTS, device="cuda") * 0.1
     delta, maps = bf16(tokens, HIDDEN), torch.randn(copies, EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5
-    turn = torch.empty(tokens, device="cuda", dtype=torch.int32)
+    turns = torch.empty(tokens, 1, device="cuda", dtype=torch.int32)
+    turn = turns.view(-1)
 
     def run(i: int) -> tuple[Tensor, ...]:
         from klquant.kernels.moe import router
 
         choice = maps[i], bias, TOP, SCALING, True
-        total, x = add_rms_norm(h, delta, norm, EPS, turn)
+        total, x = add_rms_norm(h, delta, norm, EPS, turns)
         if how == "fused":
             return total, *router.add_rms_norm_route(h, delta, norm, EPS, *choice, turn, tile)[2:]
         if how == "one":

@@ -21,8 +21,7 @@ def kda_decode(
         return reference.kda_decode(qkv, low, w, conv_pool, s_pool, slot_B, eps)
     from klquant.kernels.kda import triton
 
-    tile = decode_tile(len(qkv), starts_early(qkv))
-    return triton.kda_decode(qkv, low, w, conv_pool, s_pool, slot_B, eps, tile)
+    return triton.kda_decode(qkv, low, w, conv_pool, s_pool, slot_B, eps, decode_tile(starts_early(qkv)))
 
 
 def prefill_inputs(

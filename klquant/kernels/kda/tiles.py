@@ -18,13 +18,12 @@ class Tile:
 
 # About 32 values of a 128 × 128 state a thread, so that nothing spills.
 TILES = (Tile(4, 4), Tile(4, 8), Tile(2, 8), Tile(1, 16), Tile(4, 4, early=True), Tile(2, 8, early=True))
-MOST_EARLY = 8
 
 
-def decode_tile(batch: int, early: bool) -> Tile:
-    """The tile of `batch` sequences on a card that can start launches early or not.
+def decode_tile(early: bool) -> Tile:
+    """The tile of a card that can start launches early or not, for any number of sequences.
 
     Quarters of a state: one sequence is work for 128 multiprocessors, and of many sequences seven programs fit on each,
-    so that some compute or wait for each other while others load; then nothing is gained by an early start.
+    so that some compute or wait for each other while others load.
     """
-    return Tile(4, 4, early=early and batch <= MOST_EARLY)
+    return Tile(4, 4, early=early)

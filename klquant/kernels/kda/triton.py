@@ -105,7 +105,7 @@ def kda_decode(
     kda_inputs_kernel[(heads, programs)](
         qkv, qkv.stride(0), low, low.stride(0), w.taps, w.A_log, w.dt_bias, w.f_b, w.g_b, w.o_norm, conv_pool, slot_B,
         mid, product, turn, batch, L2_EPS, H=heads, D=dim, R=rank, W=w.taps.shape[1], BD=part, BT=BT, KINDS=KINDS,
-        EARLY=tile.early, num_warps=4,
+        EARLY=tile.early, num_warps=2,
     )  # fmt: skip
     early = {"launch_pdl": True} if tile.early else {}
     kda_state_kernel[(heads * tile.splits, batch)](

@@ -56,8 +56,9 @@ def linear_tile(w: Packed, tokens: int, gated: bool, wgmma: bool) -> Tile:
     if tokens <= 8:
         if gated or rows >= 8192:
             return make_tile(w.bits, 32, 8, warps=2, split=1, stages=5)
-        split = 2 if rows >= 4608 else 4
-        return make_tile(w.bits, 16, 8, split, split, stages=5)
+        if rows >= 4608:
+            return make_tile(w.bits, 32, 8, warps=2, split=2, stages=5)
+        return make_tile(w.bits, 16, 8, warps=4, split=4, stages=5)
     if tokens <= most_tokens(w, 4):
         few = 16 if tokens <= 16 else 32
         if rows >= 8192:
@@ -80,6 +81,6 @@ def parts_tile(w: Packed, tokens: int) -> tuple[Tile, int]:
     if w.row_bricks * 16 >= 4608 or w.bricks < 32:
         return linear_tile(w, tokens, False, False), 1
     if tokens <= 16:
-        return linear_tile(w, tokens, False, False), 2 if tokens <= 8 else 1
+        return make_tile(w.bits, 32, 8 if tokens <= 8 else 16, warps=2, split=2, stages=5), 3
     tile = make_tile(w.bits, 64, min(32 if tokens <= 32 else 64, most_tokens(w, 1)), warps=4, split=1, stages=4)
     return tile, 4 if tokens <= 32 else 3 if tokens <= 64 else 2 if tokens <= 128 else 1

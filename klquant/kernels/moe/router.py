@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klquant.kernels.moe.tiles import ROUTER_TOKENS, RouterTile, norm_router_tile, router_tile
+from klquant.kernels.moe.tiles import ROUTER_TILE, ROUTER_TOKENS, RouterTile, norm_router_tile
 from klquant.kernels.norm.parts import Parts
 from klquant.kernels.norm.triton import addends, columns, norm_product, sum_and_norm
 
@@ -197,7 +197,7 @@ def route_normed(
     (tokens, width), experts = total_TC.shape, len(router_EC)
     if tokens > ROUTER_TOKENS:
         return route_tokens(normed_TC, router_EC, bias_E, top, scale, renormalize)
-    tile = tile or router_tile(tokens)
+    tile = tile or ROUTER_TILE
     weight, expert = _routes(tokens, top, total_TC.device)
     logits = torch.empty(tokens, experts, device=total_TC.device, dtype=torch.float32)
     router_kernel[(triton.cdiv(experts, tile.experts), triton.cdiv(tokens, tile.tokens))](

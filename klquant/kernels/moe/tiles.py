@@ -31,14 +31,13 @@ class RouterTile:
         return sizes | {"EACH": min(4, self.columns // (32 * self.warps)), "num_warps": self.warps}
 
 
+# More experts in a program would read the tokens less often; fewer tokens let each have a warp that chooses.
+ROUTER_TILE = RouterTile(4, 4, 512, 4)
+
+
 def norm_router_tile(tokens: int) -> RouterTile:
     """Behind the norm of few tokens, in one launch with it."""
     return RouterTile(2, 1 << (tokens - 1).bit_length(), 512, 4)
-
-
-def router_tile(tokens: int) -> RouterTile:
-    """More experts in a program read the tokens less often, which few tokens leave too few programs for."""
-    return RouterTile(2, 8, 512, 4) if tokens <= 8 else RouterTile(4, 8, 512, 8)
 
 
 def joined_tiles(gate_up: Packed, down: Packed, tokens: int) -> tuple[Tile, Tile]:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klquant.kernels.norm.parts import Parts
+from klquant.kernels.norm.parts import WIDE_TOKENS, Parts
 
 
 @triton.jit
@@ -57,9 +57,14 @@ def add_rms_norm(
     block = triton.next_power_of_2(width)
     add_rms_norm_kernel[(tokens,)](
         h_TC, h_TC.stride(0), delta, delta_stride, beside, weight_C, total, normed, turns, width, eps, ROWS=rows,
-        BLOCK=block, TURNS=0 if turns is None else turns.shape[1], num_warps=min(8, max(1, block // 256)),
+        BLOCK=block, TURNS=0 if turns is None else turns.shape[1], num_warps=_warps(tokens, block),
     )  # fmt: skip
     return h_TC if total is None else total, normed
+
+
+def _warps(tokens: int, block: int) -> int:
+    """Of few tokens a thread has one piece of a row: what it waits for is all on its way at once."""
+    return max(1, min(32, block // 128) if tokens <= WIDE_TOKENS else min(8, block // 256))
 
 
 def addends(delta: Tensor | Parts | None) -> tuple[Tensor | None, int, int, Tensor | None]:
