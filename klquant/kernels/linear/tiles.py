@@ -63,7 +63,8 @@ def linear_tile(w: Packed, tokens: int, gated: bool, wgmma: bool) -> Tile:
         few = 16 if tokens <= 16 else 32
         if rows >= 8192:
             return make_tile(w.bits, 64, few, warps=4, split=1, stages=4)
-        return make_tile(w.bits, 32, few, warps=4, split=4, stages=4)
+        split = 2 if rows >= 4608 else 4
+        return make_tile(w.bits, 32, few, split, split, stages=4)
     most = most_tokens(w, 1)
     if tokens <= 64 and rows < 4608:
         return make_tile(w.bits, 32, min(32, most_tokens(w, 4)), warps=4, split=4, stages=3)
@@ -80,7 +81,9 @@ def parts_tile(w: Packed, tokens: int) -> tuple[Tile, int]:
     have nothing to do. Their sums are added up later."""
     if w.row_bricks * 16 >= 4608 or w.bricks < 32:
         return linear_tile(w, tokens, False, False), 1
+    if tokens <= 8:
+        return make_tile(w.bits, 32, 8, warps=2, split=2, stages=5), 3
     if tokens <= 16:
-        return make_tile(w.bits, 32, 8 if tokens <= 8 else 16, warps=2, split=2, stages=5), 3
+        return make_tile(w.bits, 32, 16, warps=2, split=1, stages=5), 6
     tile = make_tile(w.bits, 64, min(32 if tokens <= 32 else 64, most_tokens(w, 1)), warps=4, split=1, stages=4)
-    return tile, 4 if tokens <= 32 else 3 if tokens <= 64 else 2 if tokens <= 128 else 1
+    return tile, 6 if tokens <= 64 else 2 if tokens <= 128 else 1

@@ -42,7 +42,7 @@ def norm_router_tile(tokens: int) -> RouterTile:
 
 def joined_tiles(gate_up: Packed, down: Packed, tokens: int) -> tuple[Tile, Tile]:
     """Tiles of the two halves of one launch, alike in tokens and warps: one token's leave room for more warps each."""
-    warps, *stages = (4, 5, 5) if tokens == 1 else (2, 5, 3) if tokens <= UNSORTED_TOKENS else (2, 3, 3)
+    warps, *stages = (4, 5, 5) if tokens == 1 else (2, 5, 3)
     return tuple(make_tile(w.bits, 64, 8, warps, 1, n) for w, n in zip((gate_up, down), stages, strict=True))
 
 
