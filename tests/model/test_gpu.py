@@ -30,6 +30,11 @@ def model(tiny):
     return Model.load(CheckpointReader.open(tiny), torch.bfloat16, "cuda")
 
 
+@pytest.fixture(scope="module")
+def exact(tiny):
+    return Model.load(CheckpointReader.open(tiny), torch.float32, "cuda")
+
+
 def relative(got, want):
     return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
@@ -93,23 +98,30 @@ def test_mixers_with_kernels_are_the_plain_ones(model, length, dtype):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_model_decodes_as_it_prefills(model, length):
-    """Rounding can flip a route of a random router, which moves that position far: hence the median."""
+def test_model_decodes_as_it_prefills(model, exact, length):
+    """Decode is as far from FP32 as prefill is. Medians: rounding can flip a route of a random router, which moves that
+    position far."""
+    torch.manual_seed(length)
     ids = torch.randint(0, model.cfg.vocab_size, (2, length), device="cuda")
-    whole = model.logits(ids).float()
+    want = exact.logits(ids)
+
+    def distance(logits):
+        return ((logits.float() - want).norm(dim=-1) / want.norm(dim=-1)).median()
+
+    most = 1.25 * distance(model.logits(ids))
+    assert most < 0.05
     for part in (1, 64):
         state = model.new_state(2)
-        got = torch.cat([model.logits(x, state) for x in ids.split(part, 1)], 1).float()
+        got = torch.cat([model.logits(x, state) for x in ids.split(part, 1)], 1)
         assert got.isfinite().all()
-        assert ((got - whole).norm(dim=-1) / whole.norm(dim=-1)).median() < 0.03
+        assert distance(got) < most
 
 
-def test_fp32_logits_are_those_of_transformers(tiny):
-    model = Model.load(CheckpointReader.open(tiny), torch.float32, "cuda")
+def test_fp32_logits_are_those_of_transformers(tiny, exact):
     reference = oracle(tiny).cuda()
     for length in LENGTHS:
-        ids = torch.randint(0, model.cfg.vocab_size, (2, length), device="cuda")
-        assert (model.logits(ids) - reference(ids).logits).abs().max() <= 1e-3
+        ids = torch.randint(0, exact.cfg.vocab_size, (2, length), device="cuda")
+        assert (exact.logits(ids) - reference(ids).logits).abs().max() <= 1e-3
 
 
 def test_bf16_takes_fla_and_streams(model, tiny):
