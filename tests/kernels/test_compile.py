@@ -12,7 +12,7 @@ import torch
 
 from klquant.kernels.linear import dispatch as linear_dispatch
 from klquant.kernels.linear.dispatch import QuantMLP, apply_linear, pack_mlp, pack_weight
-from klquant.kernels.linear.tiles import linear_tile
+from klquant.kernels.linear.tiles import linear_tile, parts_tile
 from klquant.kernels.moe import dispatch as moe_dispatch
 from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
 from tests.kernels.launches import CARDS, Launch, compile_for, meta_weight, record
@@ -31,7 +31,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def linear(bits: int, group: int = 128, symmetric: bool = True, dtype: torch.dtype = torch.bfloat16) -> Iterator:
     for tokens in LINEAR_TOKENS:
-        for n in (4096, 576):
+        for n in (4096, 6720, 576):
             w = pack_weight(meta_weight((n, HIDDEN), bits, group, symmetric))
             yield lambda w=w, tokens=tokens: apply_linear(meta(tokens, HIDDEN, dtype=dtype), w)
 
@@ -44,6 +44,18 @@ def linear_beside(dtype: torch.dtype = torch.bfloat16) -> Iterator:
     for tokens in (8, 16, 32, 64):
         x, plain = meta(tokens, HIDDEN, dtype=dtype), meta(288, HIDDEN, dtype=dtype)
         yield lambda x=x, plain=plain: triton.linear_beside(x, w, linear_tile(w, len(x), False, False), plain)
+
+
+def linear_in_parts(
+    bits: int, group: int = 128, symmetric: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> Iterator:
+    """A step's output projection."""
+    from klquant.kernels.linear import triton
+
+    w = pack_weight(meta_weight((HIDDEN, 4096), bits, group, symmetric))
+    for tokens in (8, 16, 32, 64, 128):
+        x, tile = meta(tokens, 4096, dtype=dtype), parts_tile(w, tokens)
+        yield lambda x=x, tile=tile: triton.linear_in_parts(x, w, *tile)
 
 
 def experts(bits: int, shared_bits: int, group: int = 128, dtype: torch.dtype = torch.bfloat16) -> Iterator:
@@ -81,7 +93,7 @@ def problems(pairs: Iterable[tuple[Launch, int]]) -> list[str]:
 
 
 def test_the_int4_recipe(monkeypatch):
-    groups = linear(8), linear_beside(), experts(4, 8), router()
+    groups = linear(8), linear_beside(), linear_in_parts(8), experts(4, 8), router()
     assert not problems(zip(launches(monkeypatch, *groups), cycle(CARDS), strict=False))
 
 
@@ -95,8 +107,24 @@ def test_wide_tiles_on_hopper(monkeypatch):
 
 @pytest.mark.parametrize(
     "group",
-    [linear(3), linear(4, 32, False), linear(8, -1, False, torch.float16), linear(16), linear(4, dtype=torch.float16)],
-    ids=["INT3", "INT4 g32 asym", "INT8 row asym FP16", "BF16", "INT4 FP16"],
+    [
+        linear(3),
+        linear(4, 32, False),
+        linear(8, -1, False, torch.float16),
+        linear(16),
+        linear(4, dtype=torch.float16),
+        linear_in_parts(3, 32, False),
+        linear_in_parts(4),
+    ],
+    ids=[
+        "INT3",
+        "INT4 g32 asym",
+        "INT8 row asym FP16",
+        "BF16",
+        "INT4 FP16",
+        "INT3 g32 asym, in parts",
+        "INT4, in parts",
+    ],
 )
 def test_other_formats(group, monkeypatch):
     found = launches(monkeypatch, group)
@@ -108,8 +136,10 @@ def test_other_formats(group, monkeypatch):
 def test_every_launch_on_every_card(card, monkeypatch, request):
     if "slow" not in request.config.option.markexpr:
         pytest.skip("minutes: run it with -m slow")
-    plain = [linear(bits, dtype=dtype) for bits in (3, 4, 8, 16) for dtype in (torch.bfloat16, torch.float16)]
-    other = [linear(bits, group, symmetric) for bits in (3, 4, 8) for group in (32, -1) for symmetric in (True, False)]
+    plain = [f(bits, dtype=dtype) for f in (linear, linear_in_parts) for bits in (3, 4, 8, 16)
+             for dtype in (torch.bfloat16, torch.float16)]  # fmt: skip
+    other = [f(bits, group, symmetric) for f in (linear, linear_in_parts) for bits in (3, 4, 8) for group in (32, -1)
+             for symmetric in (True, False)]  # fmt: skip
     mixed = [experts(4, 8), experts(3, 8), experts(8, 8), experts(4, 16, 32), experts(16, 16)]
     more = linear_beside(), linear_beside(torch.float16), router()
     assert not problems((launch, card) for launch in launches(monkeypatch, *plain, *other, *mixed, *more))

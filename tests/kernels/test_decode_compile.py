@@ -22,8 +22,8 @@ pytestmark = [needs_triton, pytest.mark.skipif(interpreting, reason="this proces
 HIDDEN, HEADS, DIM, TAPS, LOW = 2304, 32, 128, 4, 128
 RANK, ROPE, NOPE, V = 512, 64, 128, 128
 EXPERTS, TOP = 256, 8
-# Programs that share the inputs of an output projection.
-PARTS = 2
+# Programs that share the inputs of an output projection, of up to 8 tokens and of more.
+PARTS, MORE_PARTS = 3, 6
 STORED = (None, torch.float8_e4m3fn, torch.int8)
 
 
@@ -72,6 +72,10 @@ def steps(dtype: torch.dtype) -> Iterator:
     yield lambda: norm.add_rms_norm(delta, None, weight, 1e-5)
     yield lambda: norm.add_rms_norm(h, Parts(floats(4, TOP, HIDDEN), delta), weight, 1e-5)
     yield lambda: norm.add_rms_norm(h, Parts(floats(4, TOP, HIDDEN), floats(4, HIDDEN)), weight, 1e-5)
+    for tokens, rows in (4, PARTS), (16, MORE_PARTS):
+        total, parts = floats(tokens, HIDDEN), Parts(floats(tokens, rows, HIDDEN))
+        yield lambda total=total, parts=parts: norm.add_rms_norm(total, parts, weight, 1e-5)
+    yield lambda: norm.add_rms_norm(floats(100, HIDDEN), meta(100, HIDDEN, dtype=dtype), weight, 1e-5)
     choice = floats(EXPERTS, HIDDEN), floats(EXPERTS), TOP, 2.446, True
     for tokens in (1, 2, 4, 8, 64):
         x, turn = meta(tokens, HIDDEN, dtype=dtype), meta(tokens, dtype=torch.int32)

@@ -99,19 +99,20 @@ def test_mixers_with_kernels_are_the_plain_ones(model, length, dtype):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_model_decodes_as_it_prefills(model, exact, length):
-    """Decode is as far from FP32 as prefill is. Medians: rounding can flip a route of a random router, which moves that
-    position far."""
+    """Decode is as far from FP32 as prefill is. Medians of 2,000 positions: rounding can flip a random router's route,
+    which moves the rest of that sequence far."""
     torch.manual_seed(length)
-    ids = torch.randint(0, model.cfg.vocab_size, (2, length), device="cuda")
+    rows = -(-2000 // length)
+    ids = torch.randint(0, model.cfg.vocab_size, (rows, length), device="cuda")
     want = exact.logits(ids)
 
     def distance(logits):
         return ((logits.float() - want).norm(dim=-1) / want.norm(dim=-1)).median()
 
-    most = 1.25 * distance(model.logits(ids))
-    assert most < 0.05
+    most = 1.1 * distance(model.logits(ids))
+    assert most < 0.03
     for part in (1, 64):
-        state = model.new_state(2)
+        state = model.new_state(rows)
         got = torch.cat([model.logits(x, state) for x in ids.split(part, 1)], 1)
         assert got.isfinite().all()
         assert distance(got) < most
