@@ -15,14 +15,16 @@ from torch import Tensor
 from klquant.engine.request import MAX_LOGPROBS, SamplingParams
 from klquant.kernels.sample.dispatch import draw, perturb
 
-# greedy: the likeliest token. plain: temperature only. full: sorting, penalty and logprobs as well.
-Mode = Literal["greedy", "plain", "full"]
+# greedy: the likeliest token. plain: temperature only. narrow: top-k, top-p, min-p and penalty. full: logprobs as well.
+Mode = Literal["greedy", "plain", "narrow", "full"]
 
 
 def mode_of(params: Sequence[SamplingParams]) -> Mode:
     """The cheapest mode that serves all rows."""
-    if any(p.top_k or p.top_p < 1 or p.min_p or p.repetition_penalty != 1 or p.logprobs is not None for p in params):
+    if any(p.logprobs is not None for p in params):
         return "full"
+    if any(p.top_k or p.top_p < 1 or p.min_p or p.repetition_penalty != 1 for p in params):
+        return "narrow"
     return "greedy" if all(p.greedy for p in params) else "plain"
 
 
@@ -76,13 +78,23 @@ class SamplingState:
 
 
 def sample(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor, mode: Mode) -> Chosen:
-    """One token a row, for the positions [B] that they will have. In mode "full" `state.seen` is updated."""
-    if mode != "full":
+    """One token a row, for the positions [B] that they will have. Modes "narrow" and "full" update `state.seen`."""
+    if mode in ("greedy", "plain"):
         temperature_N = None if mode == "greedy" else state.temperature
         return Chosen(draw(logits_BV, temperature_N, state.seed, slot_B, position_B))
+    token_B = _draw_narrowed(logits_BV, state, slot_B, position_B)
     best_B = logits_BV.max(-1).values  # NaN wins
+    chosen_B = torch.where(best_B.isfinite(), token_B, -1)
+    if mode == "narrow":
+        return Chosen(chosen_B)
+    logp_BV = logits_BV.float().log_softmax(-1)
+    top = logp_BV.topk(min(MAX_LOGPROBS, logp_BV.shape[1]), -1)
+    return Chosen(chosen_B, logp_BV.gather(-1, token_B[:, None])[:, 0], top.indices, top.values)
+
+
+def _draw_narrowed(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor) -> Tensor:
+    """A token a row, which counts as seen from now on."""
     z_BV = logits_BV.float()
-    logp_BV = z_BV.log_softmax(-1)
     seen_BV, penalty_B1 = state.seen[slot_B], state.penalty[slot_B, None]
     z_BV = torch.where(seen_BV, torch.where(z_BV > 0, z_BV / penalty_B1, z_BV * penalty_B1), z_BV)
     z_BV, order_BV = z_BV.sort(dim=-1, descending=True, stable=True)
@@ -90,10 +102,8 @@ def sample(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: 
     row_B = state.temperature[slot_B], state.seed[slot_B], position_B
     rank_B1 = perturb(z_BV, *row_B, order_BV).argmax(-1, keepdim=True)
     token_B = order_BV.gather(-1, rank_B1)[:, 0]
-    state.seen[slot_B, token_B] = torch.ones_like(best_B, dtype=torch.bool)
-    top = logp_BV.topk(min(MAX_LOGPROBS, logp_BV.shape[1]), -1)
-    report = logp_BV.gather(-1, token_B[:, None])[:, 0], top.indices, top.values
-    return Chosen(torch.where(best_B.isfinite(), token_B, -1), *report)
+    state.seen[slot_B, token_B] = torch.ones_like(token_B, dtype=torch.bool)
+    return token_B
 
 
 def _narrow(z_BV: Tensor, state: SamplingState, slot_B: Tensor) -> Tensor:

@@ -44,7 +44,9 @@ def eager(engine):
 
 
 @pytest.mark.parametrize(
-    "params", [GREEDY, DRAWN, replace(DRAWN, top_p=0.9, logprobs=2)], ids=["greedy", "plain", "full"]
+    "params",
+    [GREEDY, DRAWN, replace(DRAWN, top_p=0.9), replace(DRAWN, top_p=0.9, logprobs=2)],
+    ids=["greedy", "plain", "narrow", "full"],
 )
 def test_graphs_give_what_eager_steps_give(trained, params):
     """Four rows need no padding, so the steps are the same but for how they are launched."""

@@ -70,7 +70,7 @@ def test_launches_of_a_layer(batch, apart, experts, card):
     assert some == more == most
 
 
-@pytest.mark.parametrize("mode, most", [("greedy", 1), ("plain", 1), ("full", 47)])
+@pytest.mark.parametrize("mode, most", [("greedy", 1), ("plain", 1), ("narrow", 44), ("full", 47)])
 def test_operations_beside_the_layers(mode, most, card):
     """And none of them waits for the card."""
     _, operations = step(4, 4, mode, card)

@@ -1,5 +1,7 @@
 """Sampling: the distribution it draws from, what it must never draw, and that a row is its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -134,6 +136,16 @@ def test_a_drawn_token_counts_as_seen():
     tokens = [sample(row, state, torch.tensor([0]), torch.tensor([i]), "full").token.item() for i in range(10)]
     positive = (row > 0).sum().item()
     assert len(set(tokens[: min(10, positive)])) == min(10, positive)
+
+
+def test_who_asks_for_logprobs_draws_the_same_token():
+    rows, positions = logits(5), [3, 1, 4, 1, 5]
+    kinds = {}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {"top_k": 7, "temperature": 2.0}, {"min_p": 0.1}
+    params = [SamplingParams(seed=i, **kind) for i, kind in enumerate(kinds)]
+    alone = [draw(rows[i : i + 1], [p], positions[i : i + 1]) for i, p in enumerate(params)]
+    assert all(chosen.logprob is None for chosen in alone)
+    told = draw(rows, [replace(p, logprobs=2) for p in params], positions)
+    assert torch.equal(told.token, torch.cat([chosen.token for chosen in alone]))
 
 
 def test_logprobs_are_the_models_own():
