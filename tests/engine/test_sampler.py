@@ -140,7 +140,13 @@ def test_a_drawn_token_counts_as_seen():
 
 def test_who_asks_for_logprobs_draws_the_same_token():
     rows, positions = logits(5), [3, 1, 4, 1, 5]
-    kinds = {}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {"top_k": 7, "temperature": 2.0}, {"min_p": 0.1}
+    kinds = (
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"top_k": 7, "temperature": 2.0},
+        {"min_p": 0.1},
+    )
     params = [SamplingParams(seed=i, **kind) for i, kind in enumerate(kinds)]
     alone = [draw(rows[i : i + 1], [p], positions[i : i + 1]) for i, p in enumerate(params)]
     assert all(chosen.logprob is None for chosen in alone)
