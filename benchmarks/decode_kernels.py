@@ -36,8 +36,8 @@ from klquant.kernels.moe.tiles import RouterTile
 from klquant.kernels.norm import reference as norm_reference
 from klquant.kernels.norm.dispatch import add_rms_norm
 from klquant.kernels.norm.parts import Parts
+from klquant.kernels.sample import dispatch as sample
 from klquant.kernels.sample import reference as sample_reference
-from klquant.kernels.sample.dispatch import draw
 
 HIDDEN, HEADS, DIM, TAPS, LOW = 2304, 32, 128, 4, 128
 RANK, ROPE, NOPE, V = 512, 64, 128, 128
@@ -247,13 +247,30 @@ def draw_case(batch: int, noise: bool) -> Case:
     temperature = torch.ones(batch, device="cuda") if noise else None
 
     def run(i: int) -> Tensor:
-        return draw(z[i], temperature, seed, seed, seed)
+        return sample.draw(z[i], temperature, seed, seed, seed)
 
     def check() -> float:
         drawn = sample_reference.perturb(z[0], temperature, seed, seed, None) if noise else z[0].float()
         return error(drawn.gather(-1, run(0)[:, None])[:, 0], drawn.amax(-1).double())
 
     return Case(f"draw {'noise' if noise else 'greedy'}", batch, 0, run, copies, check, 2 * batch * VOCAB)
+
+
+def narrowed_case(batch: int, top_k: int, top_p: float, sorts: bool) -> Case:
+    """The draw of who narrows the choice; `sorts`: by the reference, in plain torch."""
+    copies = copies_for(4 * batch * VOCAB)
+    z, slot = torch.randn(copies, batch, VOCAB, device="cuda") * 4, torch.arange(batch, device="cuda")
+    seen, ones = torch.zeros(batch, VOCAB, device="cuda", dtype=torch.bool), torch.ones(batch, device="cuda")
+    rest = ones, torch.full_like(slot, top_k), top_p * ones, 0 * ones, ones, slot, slot, slot
+
+    def run(i: int) -> Tensor:
+        return (sample_reference if sorts else sample).draw_narrowed(z[i], seen, *rest)
+
+    def check() -> float:
+        return (run(0) != sample_reference.draw_narrowed(z[0], seen, *rest)).float().mean().item()
+
+    name = "draw" + f" top-k {top_k}" * (top_k < VOCAB) + f" top-p {top_p}" * (top_p < 1) + " sorted" * sorts
+    return Case(name, batch, 0, run, copies, check, 4 * batch * VOCAB)
 
 
 def router_case(tokens: int, how: str, tile: RouterTile | None = None) -> Case:
@@ -323,6 +340,8 @@ def cases(only: str | None, sweep: bool) -> Iterator[Case]:
         if only in (None, "draw"):
             yield draw_case(batch, noise=False)
             yield draw_case(batch, noise=True)
+            for top_k, top_p in (40, 1.0), (VOCAB, 0.95), (40, 0.95):
+                yield from (narrowed_case(batch, top_k, top_p, sorts) for sorts in (False, True))
         if only in (None, "router"):
             for tokens in {1: (1, 2, 4), 32: (16, 32, 64)}.get(batch, (batch,)):
                 yield from router_cases(tokens, sweep)

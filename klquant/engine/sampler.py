@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from klquant.engine.request import MAX_LOGPROBS, SamplingParams
-from klquant.kernels.sample.dispatch import draw, perturb
+from klquant.kernels.sample.dispatch import draw, draw_narrowed
 
 # greedy: the likeliest token. plain: temperature only. narrow: top-k, top-p, min-p and penalty. full: logprobs as well.
 Mode = Literal["greedy", "plain", "narrow", "full"]
@@ -82,36 +82,12 @@ def sample(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: 
     if mode in ("greedy", "plain"):
         temperature_N = None if mode == "greedy" else state.temperature
         return Chosen(draw(logits_BV, temperature_N, state.seed, slot_B, position_B))
-    token_B = _draw_narrowed(logits_BV, state, slot_B, position_B)
-    best_B = logits_BV.max(-1).values  # NaN wins
-    chosen_B = torch.where(best_B.isfinite(), token_B, -1)
+    token_B = draw_narrowed(
+        logits_BV, state.seen, state.temperature, state.top_k, state.top_p, state.min_p, state.penalty, state.seed,
+        slot_B, position_B,
+    )  # fmt: skip
     if mode == "narrow":
-        return Chosen(chosen_B)
+        return Chosen(token_B)
     logp_BV = logits_BV.float().log_softmax(-1)
     top = logp_BV.topk(min(MAX_LOGPROBS, logp_BV.shape[1]), -1)
-    return Chosen(chosen_B, logp_BV.gather(-1, token_B[:, None])[:, 0], top.indices, top.values)
-
-
-def _draw_narrowed(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor) -> Tensor:
-    """A token a row, which counts as seen from now on."""
-    z_BV = logits_BV.float()
-    seen_BV, penalty_B1 = state.seen[slot_B], state.penalty[slot_B, None]
-    z_BV = torch.where(seen_BV, torch.where(z_BV > 0, z_BV / penalty_B1, z_BV * penalty_B1), z_BV)
-    z_BV, order_BV = z_BV.sort(dim=-1, descending=True, stable=True)
-    z_BV = _narrow(z_BV, state, slot_B)
-    row_B = state.temperature[slot_B], state.seed[slot_B], position_B
-    rank_B1 = perturb(z_BV, *row_B, order_BV).argmax(-1, keepdim=True)
-    token_B = order_BV.gather(-1, rank_B1)[:, 0]
-    state.seen[slot_B, token_B] = torch.ones_like(token_B, dtype=torch.bool)
-    return token_B
-
-
-def _narrow(z_BV: Tensor, state: SamplingState, slot_B: Tensor) -> Tensor:
-    """Sorted logits, those that top-k, top-p or min-p exclude at −∞. The first always stays."""
-    rank_V = torch.arange(z_BV.shape[1], device=z_BV.device)
-    z_BV = z_BV.masked_fill(rank_V >= state.top_k[slot_B, None], float("-inf"))
-    t_B1 = state.temperature[slot_B, None]
-    p_BV = (z_BV / torch.where(t_B1 > 0, t_B1, 1)).softmax(-1)
-    before_BV = p_BV.cumsum(-1) - p_BV
-    out_BV = (before_BV >= state.top_p[slot_B, None]) | (p_BV < state.min_p[slot_B, None] * p_BV[:, :1])
-    return z_BV.masked_fill(out_BV & (rank_V > 0), float("-inf"))
+    return Chosen(token_B, logp_BV.gather(-1, token_B[:, None].clamp_min(0))[:, 0], top.indices, top.values)

@@ -21,7 +21,7 @@ pytestmark = [needs_triton, pytest.mark.skipif(interpreting, reason="this proces
 META = torch.device("meta")
 NO_LAUNCH = {
     "split", "split_with_sizes", "unsqueeze", "view", "_unsafe_view", "slice", "select", "expand", "t", "detach",
-    "empty", "empty_like",
+    "empty", "empty_like", "unbind",
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_launches_of_a_layer(batch, apart, experts, card):
     assert some == more == most
 
 
-@pytest.mark.parametrize("mode, most", [("greedy", 1), ("plain", 1), ("narrow", 44), ("full", 47)])
+@pytest.mark.parametrize("mode, most", [("greedy", 1), ("plain", 1), ("narrow", 1), ("full", 5)])
 def test_operations_beside_the_layers(mode, most, card):
     """And none of them waits for the card."""
     _, operations = step(4, 4, mode, card)

@@ -1,4 +1,5 @@
-"""The noise kernel against its reference: the same hash bit for bit, the same noise but for the last bits of a log."""
+"""Draws of the kernels against their references: the same hash bit for bit, the same noise but for the last bits of a
+log, the same tokens left by top-k, top-p and min-p."""
 
 import pytest
 import torch
@@ -24,39 +25,6 @@ def inputs(rows, vocab):
     temperature[::3] = 0
     seed = torch.randint(0, 1 << 62, (rows,), generator=gen)
     return z, temperature, seed, torch.randint(0, 1 << 20, (rows,), generator=gen)
-
-
-def run(z, *rest):
-    from klquant.kernels.sample import triton
-
-    return triton.perturb(z.to(DEVICE), *(None if x is None else x.to(DEVICE) for x in rest)).cpu()
-
-
-@pytest.mark.parametrize("rows, vocab", [(1, 1), (3, 1023), (5, 2500)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@runs
-def test_perturb(rows, vocab, dtype):
-    z, *row = inputs(rows, vocab)
-    z = z.to(dtype)
-    assert torch.allclose(run(z, *row, None), reference.perturb(z, *row, None), rtol=1e-5, atol=1e-5)
-
-
-@runs
-def test_columns_in_another_order():
-    z, *row = inputs(4, 777)
-    order = z.argsort(-1, descending=True)
-    want = reference.perturb(z, *row, None).gather(-1, order)
-    assert torch.allclose(run(z.gather(-1, order), *row, order), want, rtol=1e-5, atol=1e-5)
-
-
-@runs
-def test_strided_logits_and_the_ends_of_the_noise():
-    """A large sample, so that hashes near 0 and near 2³² are among it; rows of logits lie apart."""
-    _, _, seed, position = inputs(6, 1)
-    z = torch.zeros(6, 40_000)[:, :30_000]
-    ones = torch.ones(6)
-    got, want = run(z, ones, seed, position, None), reference.perturb(z, ones, seed, position, None)
-    assert got.isfinite().all() and torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def drawn(z, temperature, seed, slot, position):
@@ -88,28 +56,98 @@ def test_draw(dtype, noise):
     assert torch.equal(drawn(torch.cat([z, z], 1)[:, :vocab], *args), want)
 
 
+def one_of(gen, rows, *values):
+    return torch.tensor(values)[torch.randint(0, len(values), (rows,), generator=gen)]
+
+
+def narrowings(gen, rows, vocab):
+    """Tables of so many slots: what `draw_narrowed` takes between `seen` and the rows' slots."""
+    top_k = one_of(gen, rows, 1, 3, vocab // 2 + 1, vocab, vocab)
+    floats = [(0.0, 0.7, 1.0, 2.0), (0.1, 0.5, 0.9, 0.99, 1.0, 1.0), (0.0, 0.0, 0.05, 0.3), (1.0, 1.0, 1.3, 0.7)]
+    temperature, top_p, min_p, penalty = (one_of(gen, rows, *values) for values in floats)
+    return temperature, top_k, top_p, min_p, penalty, torch.randint(0, 1 << 62, (rows,), generator=gen)
+
+
+def both_narrowed(z, seen, *rest):
+    """(tokens, what counts as seen behind them) of the reference and of the kernels."""
+    from klquant.kernels.sample import narrow
+
+    tables = seen.clone(), seen.to(DEVICE, copy=True)
+    want = reference.draw_narrowed(z, tables[0], *rest)
+    got = narrow.draw_narrowed(z.to(DEVICE), tables[1], *(x.to(DEVICE) for x in rest))
+    return (want, tables[0]), (got.cpu(), tables[1].cpu())
+
+
+@pytest.mark.parametrize("vocab, block", [(1, 64), (50, 64), (700, 128)])
+@pytest.mark.parametrize("dtype, ties", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+@runs
+def test_draw_narrowed(vocab, block, dtype, ties, monkeypatch):
+    """Parts of the vocabulary, rows that ask for different things, many equal logits."""
+    from klquant.kernels.sample import narrow
+
+    monkeypatch.setattr(narrow, "BLOCK", block)
+    rows, gen = 8, torch.Generator().manual_seed(vocab)
+    z = 3 * torch.randn(rows, vocab, generator=gen)
+    z = (z.round() if ties else z).to(dtype)
+    seen = torch.rand(rows + 2, vocab, generator=gen) < 0.2
+    slot, position = torch.randperm(rows + 2, generator=gen)[:rows], torch.randint(0, 9999, (rows,), generator=gen)
+    want, got = both_narrowed(z, seen, *narrowings(gen, rows + 2, vocab), slot, position.int())
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@runs
+def test_the_first_of_equal_logits_stay(monkeypatch):
+    """Of 300 equal ones in five parts: top-k's five; the fewest that reach a fifth of all, of 200, and of five."""
+    from klquant.kernels.sample import narrow
+
+    monkeypatch.setattr(narrow, "BLOCK", 64)
+    kinds = {(5, 1.0): 5, (300, 0.2): 60, (200, 0.2): 40, (5, 0.2): 1}
+    for (top_k, top_p), left in kinds.items():
+        one = torch.ones(1)
+        rest = one, torch.tensor([top_k]), top_p * one, 0 * one, one, torch.tensor([7])
+        slot, position = torch.zeros(40, dtype=torch.int64), torch.arange(40, dtype=torch.int32)
+        z = torch.zeros(40, 300)
+        (want, _), (got, _) = both_narrowed(z, torch.zeros(1, 300, dtype=torch.bool), *rest, slot, position)
+        assert torch.equal(got, want) and got.max() < left and (left < 40 or got.max() >= left // 2)
+
+
+@runs
+def test_narrowed_logits_that_are_no_numbers():
+    """No token, and none counts as seen; −∞ is never drawn."""
+    z = torch.full((6, 100), float("-inf"))
+    z[:, 40:44] = torch.tensor([1.0, 2.0, 3.0, 2.5])
+    z[1, 5], z[2, 99], z[3] = float("nan"), float("inf"), float("-inf")
+    gen, slot = torch.Generator().manual_seed(3), torch.arange(6)
+    ones, seed = torch.ones(6), torch.randint(0, 99, (6,), generator=gen)
+    rest = 2 * ones, torch.full((6,), 100), 0.999 * ones, 0 * ones, 1.1 * ones, seed
+    want, got = both_narrowed(z, torch.zeros(6, 100, dtype=torch.bool), *rest, slot, slot.int())
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert (got[0][1:4] == -1).all() and (got[0][[0, 4, 5]] // 4 == 10).all() and got[1].sum() == 3
+
+
 @needs_triton
 @pytest.mark.skipif(interpreting, reason="this process interprets kernels")
 def test_it_compiles(monkeypatch):
-    from klquant.kernels.sample import triton
+    from klquant.kernels.sample import narrow, triton
 
     def meta(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
-
-    def launch(dtype, token):
-        z = meta(4, 163_840, dtype=dtype)
-        row = meta(4, dtype=torch.float32), meta(4, dtype=torch.int64), meta(4, dtype=torch.int64)
-        return lambda: triton.perturb(z, *row, token)
-
-    order = meta(4, 163_840, dtype=torch.int64)
 
     def picks(temperature):
         seed, slot = meta(9, dtype=torch.int64), meta(4, dtype=torch.int64)
         z = meta(4, 163_840, dtype=torch.bfloat16)
         return lambda: triton.draw(z, temperature, seed, slot, meta(4, dtype=torch.int32))
 
-    runs = launch(torch.float32, order), launch(torch.bfloat16, None), picks(None), picks(meta(9, dtype=torch.float32))
+    def narrows(dtype):
+        floats, wholes = meta(9, dtype=torch.float32), meta(9, dtype=torch.int64)
+        seen, slot = meta(9, 163_840, dtype=torch.bool), meta(4, dtype=torch.int64)
+        tables = floats, wholes, floats, floats, floats, wholes
+        return lambda: narrow.draw_narrowed(
+            meta(4, 163_840, dtype=dtype), seen, *tables, slot, meta(4, dtype=torch.int32)
+        )
+
+    runs = narrows(torch.float32), narrows(torch.bfloat16), picks(None), picks(meta(9, dtype=torch.float32))
     for card, run in zip(CARDS, runs, strict=True):
-        for found in record(run, monkeypatch):
+        for found in dict.fromkeys(record(run, monkeypatch)):
             used = compile_for(found, card)
             assert used.shared <= CARDS[card] * 1024 and used.spilled == 0

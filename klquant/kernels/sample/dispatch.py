@@ -8,22 +8,6 @@ from torch import Tensor
 from klquant.kernels.sample import reference
 
 
-def perturb(
-    z_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, position_B: Tensor, token_BV: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    """z / temperature + Gumbel noise, FP32, whose largest is a draw from softmax(z / temperature): one launch.
-
-    z [B, V] in any float dtype; temperature [B] FP32, rows at 0 stay as they are; seed [B] int64; position [B];
-    token [B, V] int64 contiguous: which token each column is, None where they are in order. The noise of a token is a
-    hash of (seed, position, token) and of nothing else.
-    """
-    if not z_BV.is_cuda:
-        return reference.perturb(z_BV, temperature_B, seed_B, position_B, token_BV)
-    from klquant.kernels.sample import triton
-
-    return triton.perturb(z_BV, temperature_B, seed_B, position_B, token_BV)
-
-
 def draw(
     z_BV: Tensor, temperature_N: Tensor | None, seed_N: Tensor, slot_B: Tensor, position_B: Tensor
 ) -> Tensor:  # fmt: skip
@@ -37,3 +21,24 @@ def draw(
     from klquant.kernels.sample import triton
 
     return triton.draw(z_BV, temperature_N, seed_N, slot_B, position_B)
+
+
+def draw_narrowed(
+    z_BV: Tensor, seen_NV: Tensor, temperature_N: Tensor, top_k_N: Tensor, top_p_N: Tensor, min_p_N: Tensor,
+    penalty_N: Tensor, seed_N: Tensor, slot_B: Tensor, position_B: Tensor,
+) -> Tensor:  # fmt: skip
+    """`draw` from what is left of z behind the penalty of tokens seen, then top-k, top-p and min-p: column int64 [B].
+
+    seen [N, V] bool, in which the token is noted; top_k int64, V or more for all; top_p 1 for all; min_p 0, penalty 1:
+    none. All are [N], read at `slot_B` int64. Of equal logits the first come first. The likeliest token always stays.
+    Twenty launches, without sorting.
+    """
+    if not z_BV.is_cuda:
+        return reference.draw_narrowed(
+            z_BV, seen_NV, temperature_N, top_k_N, top_p_N, min_p_N, penalty_N, seed_N, slot_B, position_B
+        )
+    from klquant.kernels.sample import narrow
+
+    return narrow.draw_narrowed(
+        z_BV, seen_NV, temperature_N, top_k_N, top_p_N, min_p_N, penalty_N, seed_N, slot_B, position_B
+    )

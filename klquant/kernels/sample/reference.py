@@ -13,7 +13,10 @@ GOLDEN = 0x9E3779B1  # odd, near 2³²/φ: neighbouring tokens start far apart
 def perturb(
     z_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, position_B: Tensor, token_BV: Tensor | None
 ) -> Tensor:  # fmt: skip
-    """`klquant.kernels.sample.dispatch.perturb`."""
+    """z / temperature + Gumbel noise, FP32, whose largest is a draw from softmax(z / temperature).
+
+    token [B, V]: which token each column is, None where they are in order. Rows at temperature 0 stay as they are.
+    """
     if token_BV is None:
         token_BV = torch.arange(z_BV.shape[1], device=z_BV.device)
     t_B1 = temperature_B[:, None]
@@ -29,6 +32,29 @@ def draw(
     if temperature_N is not None:
         column_B = perturb(z_BV, temperature_N[slot_B], seed_N[slot_B], position_B, None).argmax(-1)
     return torch.where(best_B.isfinite(), column_B, -1)
+
+
+def draw_narrowed(
+    z_BV: Tensor, seen_NV: Tensor, temperature_N: Tensor, top_k_N: Tensor, top_p_N: Tensor, min_p_N: Tensor,
+    penalty_N: Tensor, seed_N: Tensor, slot_B: Tensor, position_B: Tensor,
+) -> Tensor:  # fmt: skip
+    """`klquant.kernels.sample.dispatch.draw_narrowed`: sorts the vocabulary."""
+    good_B = z_BV.max(-1).values.isfinite()  # NaN wins
+    penalty_B1, temperature_B = penalty_N[slot_B, None], temperature_N[slot_B]
+    z_BV = z_BV.float()
+    z_BV = torch.where(seen_NV[slot_B], torch.where(z_BV > 0, z_BV / penalty_B1, z_BV * penalty_B1), z_BV)
+    z_BV, order_BV = z_BV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(z_BV.shape[1], device=z_BV.device)
+    z_BV = z_BV.masked_fill(rank_V >= top_k_N[slot_B, None], float("-inf"))
+    p_BV = (z_BV / torch.where(temperature_B > 0, temperature_B, 1)[:, None]).softmax(-1)
+    before_BV = p_BV.cumsum(-1) - p_BV
+    out_BV = (before_BV >= top_p_N[slot_B, None]) | (p_BV < min_p_N[slot_B, None] * p_BV[:, :1])
+    # The first always stays.
+    z_BV = z_BV.masked_fill(out_BV & (rank_V > 0), float("-inf"))
+    rank_B1 = perturb(z_BV, temperature_B, seed_N[slot_B], position_B, order_BV).argmax(-1, keepdim=True)
+    token_B = order_BV.gather(-1, rank_B1)[:, 0]
+    seen_NV[slot_B, token_B] |= good_B
+    return torch.where(good_B, token_B, -1)
 
 
 def gumbel(seed_B: Tensor, position_B: Tensor, token: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
 DRAW_BLOCK = 2048
 
 
@@ -36,19 +35,10 @@ def noisy(logit, t, seed, position, name):
 
 
 @triton.jit
-def perturb_kernel(
-    z, z_stride, temperature, seed, position, token, out, vocab, SORTED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Grid (rows, blocks of the vocabulary). SORTED: `token` names the tokens of the columns."""
-    row = tl.program_id(0).to(tl.int64)
-    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = v < vocab
-    logit = tl.load(z + row * z_stride + v, mask=inside, other=0.0).to(tl.float32)
-    name = v
-    if SORTED:
-        name = tl.load(token + row * vocab + v, mask=inside, other=0)
-    drawn = noisy(logit, tl.load(temperature + row), tl.load(seed + row), tl.load(position + row), name)
-    tl.store(out + row * vocab + v, drawn, mask=inside)
+def ordered(x):
+    """int32 in the order of FP32 x; both zeros are one."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -64,36 +54,24 @@ def best_kernel(z, z_stride, temperature, seed, slot, position, best, vocab, BLO
     if temperature is not None:
         here = tl.load(slot + row)
         drawn = noisy(logit, tl.load(temperature + here), tl.load(seed + here), tl.load(position + row), v)
-    # Integers in the order of the values; both zeros are one.
-    bits = tl.where(drawn == 0.0, 0.0, drawn).to(tl.int32, bitcast=True)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    order = tl.where(logit < float("inf"), order, 0x7FFFFFFF)
+    order = tl.where(logit < float("inf"), ordered(drawn), 0x7FFFFFFF)
     key = (order.to(tl.int64) << 32) | (0x7FFFFFFF - v)
     tl.store(best + row * tl.num_programs(1) + tl.program_id(1), tl.max(key, 0))
 
 
 @triton.jit
-def token_kernel(best, token, blocks, BLOCK: tl.constexpr):
-    """One program a row."""
+def token_kernel(best, token, seen, slot, vocab, blocks, BLOCK: tl.constexpr):
+    """token [B], and that the row's slot has `seen` [N, vocab] it, if there is such a table. One program a row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     key = tl.max(tl.load(best + row * blocks + i, mask=i < blocks, other=-0x8000000000000000), 0)
     order = key >> 32
     # More than −∞, and a number.
     good = (order > -0x7F800001) & (order < 0x7FFFFFFF)
-    tl.store(token + row, tl.where(good, 0x7FFFFFFF - (key & 0x7FFFFFFF), -1))
-
-
-def perturb(
-    z_BV: Tensor, temperature_B: Tensor, seed_B: Tensor, position_B: Tensor, token_BV: Tensor | None
-) -> Tensor:  # fmt: skip
-    rows, vocab = z_BV.shape
-    out = torch.empty(rows, vocab, dtype=torch.float32, device=z_BV.device)
-    perturb_kernel[(rows, triton.cdiv(vocab, BLOCK))](
-        z_BV, z_BV.stride(0), temperature_B, seed_B, position_B, token_BV, out, vocab,
-        SORTED=token_BV is not None, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
-    return out
+    found = 0x7FFFFFFF - (key & 0x7FFFFFFF)
+    tl.store(token + row, tl.where(good, found, -1))
+    if seen is not None:
+        tl.store(seen + tl.load(slot + row).to(tl.int64) * vocab + found, 1, mask=good)
 
 
 def draw(
@@ -106,5 +84,5 @@ def draw(
     best_kernel[(rows, blocks)](
         z_BV, z_BV.stride(0), temperature_N, seed_N, slot_B, position_B, best, vocab, BLOCK=DRAW_BLOCK, num_warps=4
     )
-    token_kernel[(rows,)](best, token, blocks, BLOCK=triton.next_power_of_2(blocks), num_warps=1)
+    token_kernel[(rows,)](best, token, None, None, vocab, blocks, BLOCK=triton.next_power_of_2(blocks), num_warps=1)
     return token
