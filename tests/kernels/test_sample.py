@@ -96,6 +96,21 @@ def test_draw_narrowed(vocab, block, dtype, ties, monkeypatch):
 
 
 @runs
+def test_a_narrowed_row_is_its_own(monkeypatch):
+    from klquant.kernels.sample import narrow
+
+    monkeypatch.setattr(narrow, "BLOCK", 64)
+    gen = torch.Generator().manual_seed(0)
+    z, position = torch.randn(3, 200, generator=gen), torch.tensor([4, 8, 15], dtype=torch.int32)
+    tables = torch.zeros(3, 200, dtype=torch.bool), *narrowings(gen, 3, 200)
+    slot = torch.tensor([2, 0, 1])
+    _, (together, _) = both_narrowed(z, *tables, slot, position)
+    for i in range(3):
+        _, (alone, _) = both_narrowed(z[i : i + 1], *tables, slot[i : i + 1], position[i : i + 1])
+        assert alone == together[i]
+
+
+@runs
 def test_the_first_of_equal_logits_stay(monkeypatch):
     """Of 300 equal ones in five parts: top-k's five; the fewest that reach a fifth of all, of 200, and of five."""
     from klquant.kernels.sample import narrow
