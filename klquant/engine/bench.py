@@ -13,6 +13,7 @@ import torch
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.engine.ceilings import synchronize
+from klquant.engine.prefill import Span
 from klquant.engine.reply import Reply
 from klquant.engine.request import SamplingParams
 from klquant.engine.runner import Runner
@@ -82,8 +83,9 @@ def measure_prefill(runner: Runner, tokens: int, chunk: int = PREFILL_CHUNK) -> 
         _wait(runner)
         started = time.perf_counter()
         for start in range(0, tokens, chunk):
-            h_BSC = runner.prefill(ids[start : start + chunk], 0, start)
-        (token,) = Reply.begin(runner.first_token(h_BSC, 0, tokens, "greedy"), 1).tokens()
+            span = Span(ids[start : start + chunk], 0, start)
+            h_SC = runner.prefill([span])
+        (token,) = Reply.begin(runner.first_tokens(h_SC, [span], "greedy"), 1).tokens()
         if token < 0:
             raise UserError(f"a prompt of {tokens} tokens: the logits are not numbers")
         return time.perf_counter() - started

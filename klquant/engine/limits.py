@@ -17,7 +17,7 @@ class Limits:
 
     max_context: tokens of one prompt and its answer (None: DEFAULT_CONTEXT, or the model's limit if that is less).
     max_batch: sequences at a time; each has a slot of KDA state. cache_tokens: tokens in the latent cache, over all
-    sequences (None: max_context). cache_bits: 16, or 8 for INT8. chunk: positions of a prompt that run at once, between
+    sequences (None: max_context). cache_bits: 16, or 8 for INT8. chunk: positions of prompts that run at once, between
     two steps of the running answers.
     """
 

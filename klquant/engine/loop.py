@@ -1,6 +1,7 @@
 """The loop that turns scheduled steps into launches, and tokens into answers."""
 
 from klquant.engine.job import Job
+from klquant.engine.prefill import Span
 from klquant.engine.reply import Reply
 from klquant.engine.runner import Runner
 from klquant.engine.sampler import mode_of
@@ -28,7 +29,7 @@ class Loop:
             self._retire(job)
 
     def step(self) -> bool:
-        """Launch at most a chunk of a prompt and a token of every running answer. False when there is nothing to do."""
+        """Launch at most a chunk of prompts and a token of every running answer. False when there is nothing to do."""
         step = self.scheduler.schedule()
         before, self._launched = self._launched, []
         if step and step.decode:
@@ -49,16 +50,20 @@ class Loop:
         chosen = self.runner.decode([job.scheduled.slot for job in jobs], mode)
         self._launched.append((jobs, Reply.begin(chosen, len(jobs))))
 
-    def _prefill(self, chunk: Chunk) -> None:
-        job = self.jobs[chunk.sequence]
-        slot = chunk.sequence.slot
-        if not job.bound:
-            self.runner.bind(slot, chunk.sequence.pages, job.params, job.tokens, fresh=chunk.start == 0)
-            job.bound = True
-        h_BSC = self.runner.prefill(job.tokens[chunk.start : chunk.stop], slot, chunk.start)
-        if chunk.last:
-            chosen = self.runner.first_token(h_BSC, slot, chunk.stop, mode_of([job.params]))
-            self._launched.append(([job], Reply.begin(chosen, 1)))
+    def _prefill(self, chunks: tuple[Chunk, ...]) -> None:
+        spans, done = [], []
+        for chunk in chunks:
+            job, slot = self.jobs[chunk.sequence], chunk.sequence.slot
+            if not job.bound:
+                self.runner.bind(slot, chunk.sequence.pages, job.params, job.tokens, fresh=chunk.start == 0)
+                job.bound = True
+            spans.append(Span(job.tokens[chunk.start : chunk.stop], slot, chunk.start))
+            if chunk.last:
+                done.append(job)
+        h_SC = self.runner.prefill(spans)
+        if done:
+            chosen = self.runner.first_tokens(h_SC, spans[: len(done)], mode_of([job.params for job in done]))
+            self._launched.append((done, Reply.begin(chosen, len(done))))
 
     def _take(self, jobs: list[Job], reply: Reply) -> None:
         """Hand tokens to their answers; those of answers that have ended are dropped."""

@@ -1,9 +1,10 @@
-"""A chunk of one sequence, through packed weights and state pools: the sister of `klquant.engine.decode`.
+"""Chunks of sequences, through packed weights and state pools: the sister of `klquant.engine.decode`.
 
 The same functions run on a CPU, through the references of their operations. The stream is a pair (h, delta) here too.
-Shape suffixes as in `klquant.model.weights`.
+Shape suffixes as in `klquant.model.weights`, and N = sequences; S counts the positions of all.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.engine.decode import Stream, decode_layer, feed
-from klquant.engine.state import DeviceState, StepRows, page_position
+from klquant.engine.state import DeviceState, StepRows, upload
 from klquant.engine.weights import EngineLayer, FusedKDA, FusedMLA
+from klquant.kernels.kda.borders import Borders
 from klquant.kernels.kda.dispatch import prefill_inputs
 from klquant.kernels.mla.dispatch import join, keys_values, read_latent, write_latent
-from klquant.kernels.mla.pages import LatentPages
+from klquant.kernels.mla.pages import PAGE_SIZE, page_position
 from klquant.kernels.norm.dispatch import add_rms_norm, gated_rms_norm
 from klquant.model import mla as model_mla
 from klquant.model.delta import gated_delta_rule
@@ -25,34 +27,74 @@ from klquant.model.weights import linear
 
 
 @dataclass(frozen=True)
-class ChunkRows:
-    """Positions start … stop − 1 of the sequence in a slot. table_M int32: its pages; position_S int64: where the
-    positions' latents lie."""
+class Span:
+    """Token ids of the sequence in a slot, from position `start` on."""
 
+    ids: Sequence[int]
     slot: int
     start: int
-    stop: int
-    table_M: Tensor
-    position_S: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.ids)
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """Spans of different sequences, one behind the other. slot_N, length_N (with the span) and at_S, where the
+    positions' latents lie, int64; table_NM int32; past: where the latents before each span lie."""
+
+    spans: Sequence[Span]
+    borders: Borders
+    slot_N: Tensor
+    length_N: Tensor
+    table_NM: Tensor
+    at_S: Tensor
+    past: Sequence[Tensor]
 
     @classmethod
-    def of(cls, state: DeviceState, slot: int, start: int, stop: int) -> "ChunkRows":
-        table_M = state.table[slot]
-        return cls(slot, start, stop, table_M, page_position(table_M, torch.arange(start, stop, device=table_M.device)))
+    def of(cls, state: DeviceState, spans: Sequence[Span]) -> "ChunkRows":
+        count_N = torch.tensor([len(span.ids) for span in spans])
+        slot_N, stop_N = torch.tensor([[span.slot, span.stop] for span in spans]).T
+        border = F.pad(count_N.cumsum(0), (1, 0))
+        position_S = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        row_S = torch.arange(len(spans)).repeat_interleave(count_N)
+        # One copy. The borders first: where a tensor begins is part of what Triton compiles for.
+        parts = (border, slot_N, stop_N, position_S, row_S)
+        on_device = upload(torch.cat(parts), state.table.device).split([len(part) for part in parts])
+        border_on_device, slot_N, stop_N, position_S, row_S = on_device
+        table_NM = state.table[slot_N]
+        at_S = page_position(table_NM[row_S, position_S // PAGE_SIZE], position_S)
+        past = [_first_positions(table_M, span.start) for table_M, span in zip(table_NM, spans, strict=True)]
+        return cls(spans, Borders(border, border_on_device), slot_N, stop_N, table_NM, at_S, past)
+
+    @property
+    def several(self) -> Borders | None:
+        """The borders between several sequences."""
+        return self.borders if len(self.spans) > 1 else None
+
+    @property
+    def slots(self) -> slice | Tensor:
+        """The sequences' rows of a pool: of one sequence a view, of several copies."""
+        return self.slot_N if self.several else slice(self.spans[0].slot, self.spans[0].slot + 1)
 
     @cached_property
     def as_rows(self) -> StepRows:
-        """A chunk of one position as the row of a decode step."""
-        slot_B = torch.full_like(self.position_S, self.slot)
-        length_B = torch.full_like(slot_B, self.stop, dtype=torch.int32)
-        return StepRows(slot_B.int(), slot_B, self.table_M[None], length_B, self.position_S)
+        """Spans of one position as rows of a decode step."""
+        return StepRows(self.slot_N.int(), self.slot_N, self.table_NM, self.length_N.int(), self.at_S)
+
+
+def _first_positions(table_M: Tensor, count: int) -> Tensor:
+    """Where the first positions of the sequence with these pages lie."""
+    position_T = torch.arange(count, device=table_M.device)
+    return page_position(table_M[position_T // PAGE_SIZE], position_T) if count else position_T
 
 
 def prefill_layer(
     cfg: KimiLinearConfig, layer: int, w: EngineLayer, stream: Stream, state: DeviceState, chunk: ChunkRows
 ) -> Stream:
-    """Layer `layer` for the positions of a chunk: (h, delta) [S, C] → (h, delta). State is updated in place."""
-    if chunk.stop - chunk.start == 1:
+    """Layer `layer` for the positions of chunks: (h, delta) [S, C] → (h, delta). State is updated in place."""
+    if len(chunk.at_S) == len(chunk.spans):
         return decode_layer(cfg, layer, w, stream, state, chunk.as_rows)
     h_SC, x_SC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps)
     mix = kda_mix if isinstance(w.fused, FusedKDA) else mla_mix
@@ -66,12 +108,15 @@ def kda_mix(
 ) -> Tensor:
     """[S, C] → [S, F]."""
     heads, rank = (cfg.kda_heads, cfg.kda_dim), w.f_b.shape[1]
-    pool, slot = state.kda[layer], slice(chunk.slot, chunk.slot + 1)
+    pool, slots, borders = state.kda[layer], chunk.slots, chunk.several
     f_a, g_a, b_SH = linear(x_SC, w.low).split([rank, rank, cfg.kda_heads], -1)
-    q, k, v, beta = prefill_inputs(linear(x_SC, w.qkv)[None], b_SH[None], w.taps_FW, pool.conv[slot])
+    tail = pool.conv[slots]
+    q, k, v, beta = prefill_inputs(linear(x_SC, w.qkv)[None], b_SH[None], w.taps_FW, tail, borders)
+    if borders:
+        pool.conv[slots] = tail
     raw = F.linear(f_a, w.f_b).unflatten(-1, heads)
-    o, s = gated_delta_rule(q, k, v, raw[None], w.A_log, w.dt_bias, beta, pool.s[slot])
-    pool.s[slot] = s
+    o, s = gated_delta_rule(q, k, v, raw[None], w.A_log, w.dt_bias, beta, pool.s[slots], borders)
+    pool.s[slots] = s
     gate = F.linear(g_a, w.g_b).unflatten(-1, heads)
     return gated_rms_norm(o[0], gate, w.o_norm, cfg.rms_eps).flatten(-2)
 
@@ -82,35 +127,40 @@ def mla_mix(
     """[S, C] → [S, H·v]. What attention sees of a token is what its page holds, rounding included."""
     pages = state.latent[layer]
     q, kv_a = linear(x_SC, w.q_kv_a).split([cfg.num_heads * cfg.qk_dim, cfg.latent_dim], -1)
-    write_latent(kv_a, w.kv_a_norm, pages, chunk.position_S)
+    write_latent(kv_a, w.kv_a_norm, pages, chunk.at_S)
     q_HSK = q.unflatten(-1, (cfg.num_heads, cfg.qk_dim)).transpose(0, 1)
 
-    def expand(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return _expand(cfg, w.kv_b, pages, chunk.table_M, start, stop, x_SC.dtype)
+    def expand(at_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, T, ·] of the latents that lie there."""
+        latent_TK, shared_TR = read_latent(pages, at_T, x_SC.dtype).split([cfg.kv_rank, cfg.qk_rope_dim], -1)
+        return keys_values(F.linear(latent_TK, w.kv_b), shared_TR, cfg.num_heads, cfg.qk_nope_dim)
 
-    own = expand(chunk.start, chunk.stop)
-    if not chunk.start:
-        o_HSV = F.scaled_dot_product_attention(*(x[None] for x in (q_HSK, *own)), is_causal=True)[0]
-        return o_HSV[..., : cfg.v_dim].transpose(0, 1).flatten(1)
-    o_HSV, total_HS = _attend(q_HSK, *own, causal=True)
-    for start in range(0, chunk.start, model_mla.LATENT_BLOCK):
-        stop = min(start + model_mla.LATENT_BLOCK, chunk.start)
-        past = _attend(q_HSK, *expand(start, stop))
-        dtype = x_SC.dtype if stop == chunk.start else total_HS.dtype
-        o_HSV, total_HS = join(o_HSV, total_HS, *past, cfg.v_dim, dtype)
-    return o_HSV.transpose(0, 1).flatten(1)
+    own = expand(chunk.at_S)
+    outs = []
+    for (a, b), past_T in zip(chunk.borders.spans, chunk.past, strict=True):
+        q_HTK, *mine = (x[:, a:b] for x in (q_HSK, *own))
+        outs.append(_attend(q_HTK, *mine, past_T, expand, cfg.v_dim).transpose(0, 1))
+    return (torch.cat(outs) if chunk.several else outs[0]).flatten(1)
 
 
-def _expand(
-    cfg: KimiLinearConfig, kv_b: Tensor, pages: LatentPages, table_M: Tensor, start: int, stop: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Keys and values [H, stop − start, ·] of the latents at positions start … stop − 1."""
-    latent_TL = read_latent(pages, table_M, start, stop, dtype)
-    latent_TK, shared_TR = latent_TL.split([cfg.kv_rank, cfg.qk_rope_dim], -1)
-    return keys_values(F.linear(latent_TK, kv_b), shared_TR, cfg.num_heads, cfg.qk_nope_dim)
+def _attend(
+    q_HTK: Tensor, k_HTK: Tensor, v_HTV: Tensor, past_P: Tensor, expand: Callable[[Tensor], tuple[Tensor, Tensor]],
+    v_dim: int,
+) -> Tensor:  # fmt: skip
+    """Each query to the keys up to its own, and to all latents that lie at `past`: [H, T, v] in q's dtype."""
+    if not len(past_P):
+        o = F.scaled_dot_product_attention(*(x[None] for x in (q_HTK, k_HTK, v_HTV)), is_causal=True)[0]
+        return o[..., :v_dim]
+    o_HTV, total_HT = _part(q_HTK, k_HTK, v_HTV, causal=True)
+    blocks = past_P.split(model_mla.LATENT_BLOCK)
+    for i, block in enumerate(blocks):
+        past = _part(q_HTK, *expand(block))
+        dtype = q_HTK.dtype if i == len(blocks) - 1 else total_HT.dtype
+        o_HTV, total_HT = join(o_HTV, total_HT, *past, v_dim, dtype)
+    return o_HTV
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+def _part(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
     """`part_attention` of one sequence."""
     o, log_sum = model_mla.part_attention(q[None], k[None], v[None], causal)
     return o[0], log_sum[0]

@@ -1,4 +1,4 @@
-"""The model's steps on its devices: a chunk of a prompt, or a token for every running sequence.
+"""The model's steps on its devices: chunks of prompts, or a token for every running sequence.
 
 Layers lie on devices in order, a run of them is a stage. The stream goes from stage to stage; on GPUs each stage's
 decode step is a CUDA graph per batch size. Which token a sequence has to be fed next stays on the device, under its
@@ -9,17 +9,17 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
 from klquant.engine.decode import decode_layer, embed
 from klquant.engine.graphs import Graphs, Outputs, on
-from klquant.engine.prefill import ChunkRows, prefill_layer
+from klquant.engine.prefill import ChunkRows, Span, prefill_layer
 from klquant.engine.request import SamplingParams
 from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
-from klquant.engine.state import DeviceState
+from klquant.engine.state import DeviceState, upload
 from klquant.engine.weights import EngineWeights
 from klquant.kernels.moe.dispatch import added_up
 from klquant.kernels.norm.dispatch import add_rms_norm
@@ -73,38 +73,38 @@ class Runner:
         self.sampling.set(slot, params, tokens)
 
     @torch.no_grad()
-    def prefill(
-        self, ids: Sequence[int], slot: int, start: int, after_layer: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
-        """Positions from `start` on of the slot's sequence → residual stream after the last layer [1, S, C].
+    def prefill(self, spans: Sequence[Span], after_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """Spans of sequences in different slots → residual stream after the last layer [S, C], one behind the other.
 
         `after_layer` is called with (layer, stream after it), and before the first with (−1, embedded ids).
         """
         table = self.weights.embedding_VC
-        h_SC, stop = embed(torch.tensor(ids, device=table.device), table), start + len(ids)
+        h_SC = embed(upload(torch.tensor([i for span in spans for i in span.ids]), table.device), table)
         if after_layer:
             after_layer(-1, h_SC)
         for stage in self.stages:
             with on(stage.device):
                 h_SC, delta_SC = h_SC.to(stage.device), None
-                chunk = ChunkRows.of(stage.state, slot, start, stop)
+                chunk = ChunkRows.of(stage.state, spans)
                 for layer in stage.layers:
                     w = self.weights.layers[layer]
                     h_SC, delta_SC = prefill_layer(self.cfg, layer, w, (h_SC, delta_SC), stage.state, chunk)
                     if after_layer:
                         after_layer(layer, h_SC + added_up(delta_SC, h_SC.dtype))
                 h_SC = h_SC + added_up(delta_SC, h_SC.dtype)
-                stage.state.length[slot] = stop
-        return h_SC[None]
+                stage.state.length[chunk.slot_N] = chunk.length_N.int()
+        return h_SC
 
     @torch.no_grad()
-    def first_token(self, h_BSC: Tensor, slot: int, position: int, mode: Mode) -> Chosen:
-        """The token at `position`, right behind the chunk whose stream is h: one row."""
-        with on(h_BSC.device):
-            logits_BV = self.weights.head(self.cfg, h_BSC[:, -1:])[:, 0]
-            row_B = torch.full((1,), slot, device=h_BSC.device)
-            chosen = sample(logits_BV, self.sampling, row_B, torch.full_like(row_B, position), mode)
-            self.next_token[slot] = chosen.token[0].to(self.next_token.device)
+    def first_tokens(self, h_SC: Tensor, spans: Sequence[Span], mode: Mode) -> Chosen:
+        """The token right behind each span: a row each. h: the stream of the spans, and what may follow them."""
+        ends = accumulate(len(span.ids) for span in spans)
+        rows = torch.tensor([[end - 1, span.slot, span.stop] for end, span in zip(ends, spans, strict=True)])
+        with on(h_SC.device):
+            last_B, slot_B, position_B = upload(rows.T.contiguous(), h_SC.device)
+            logits_BV = self.weights.head(self.cfg, h_SC[last_B])
+            chosen = sample(logits_BV, self.sampling, slot_B, position_B, mode)
+            self.next_token[slot_B.to(self.next_token.device)] = chosen.token.to(self.next_token.device)
         return chosen
 
     @torch.no_grad()
@@ -145,11 +145,11 @@ class Runner:
             stage.state.clear(slot)
         try:
             for start in range(0, len(tokens), chunk):
-                h_BSC = self.prefill(tokens[start : start + chunk], slot, start, check)
+                h_SC = self.prefill([Span(tokens[start : start + chunk], slot, start)], check)
         except Found as found:
             return str(found)
-        with torch.no_grad(), on(h_BSC.device):
-            logits = self.weights.head(self.cfg, h_BSC[:, -1:])
+        with torch.no_grad(), on(h_SC.device):
+            logits = self.weights.head(self.cfg, h_SC[-1:])
         return None if logits.isfinite().all() else "lm_head"
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from klquant.engine.request import MAX_LOGPROBS, SamplingParams
+from klquant.engine.state import upload
 from klquant.kernels.sample.dispatch import draw, draw_narrowed
 
 # greedy: the likeliest token. plain: temperature only. narrow: top-k, top-p, min-p and penalty. full: logprobs as well.
@@ -74,7 +75,7 @@ class SamplingState:
             field[slot] = value
         self.seen[slot] = False
         if params.repetition_penalty != 1:
-            self.seen[slot, torch.tensor(tokens, dtype=torch.int64, device=self.seen.device)] = True
+            self.seen[slot, upload(torch.tensor(tokens, dtype=torch.int64), self.seen.device)] = True
 
 
 def sample(logits_BV: Tensor, state: SamplingState, slot_B: Tensor, position_B: Tensor, mode: Mode) -> Chosen:

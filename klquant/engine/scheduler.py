@@ -1,9 +1,9 @@
 """Who runs next: continuous batching over a fixed number of slots and latent pages. Plain data, no tensors.
 
-A step is at most one chunk of one prompt and one token of every sequence that has its prompt behind it. Sequences are
-admitted first come, first served, and a sequence gets all pages it may ever need when it is admitted: nothing is ever
-preempted, and decoding cannot run out of memory. The price is that pages for tokens that are never generated stay idle
-while their sequence runs.
+A step is at most one chunk of prompts, several short ones or a part of a long one, and one token of every sequence
+that has its prompt behind it. Sequences are admitted first come, first served, and a sequence gets all pages it may
+ever need when it is admitted: nothing is ever preempted, and decoding cannot run out of memory. The price is that pages
+for tokens that are never generated stay idle while their sequence runs.
 """
 
 from collections import deque
@@ -64,7 +64,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    prefill: Chunk | None
+    """Of the chunks to prefill all but the last one end a prompt."""
+
+    prefill: tuple[Chunk, ...]
     decode: tuple[Sequence, ...]
 
 
@@ -96,21 +98,18 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, counted as computed; None when nothing can run now."""
-        if self.prefilling is None and self.waiting and self.shortage(self.waiting[0]) is None:
-            self.prefilling = self.waiting.popleft()
-            self._admit(self.prefilling)
         decode = tuple(s for s in self.running if s.computed < s.most)
         for sequence in decode:
             sequence.computed += 1
-        chunk = None
-        if (sequence := self.prefilling) is not None:
-            start, stop = sequence.computed, min(sequence.computed + self.chunk, sequence.prompt)
-            chunk = Chunk(sequence, start, stop)
-            sequence.computed = stop
-            if chunk.last:
+        chunks, room = [], self.chunk
+        while room and (sequence := self._next_to_prefill()):
+            start, stop = sequence.computed, min(sequence.computed + room, sequence.prompt)
+            chunks.append(Chunk(sequence, start, stop))
+            sequence.computed, room = stop, room - (stop - start)
+            if chunks[-1].last:
                 self.prefilling = None
                 self.running.append(sequence)
-        return Step(chunk, decode) if chunk or decode else None
+        return Step(tuple(chunks), decode) if chunks or decode else None
 
     def finish(self, sequence: Sequence) -> None:
         """Take it out, wherever it is; its slot and pages are free again unless it keeps them."""
@@ -138,6 +137,13 @@ class Scheduler:
         if pages > self.pages.free:
             return f"{pages - self.pages.free} cache pages of {self.page_tokens} tokens are missing"
         return None
+
+    def _next_to_prefill(self) -> Sequence | None:
+        """Whose prompt has begun, or else the first in the queue if it can run now."""
+        if self.prefilling is None and self.waiting and self.shortage(self.waiting[0]) is None:
+            self.prefilling = self.waiting.popleft()
+            self._admit(self.prefilling)
+        return self.prefilling
 
     def _admit(self, sequence: Sequence) -> None:
         if sequence.slot is None:

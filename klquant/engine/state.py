@@ -21,9 +21,9 @@ from klquant.model.kda import KDAState
 CACHE_BITS = {16: None, 8: torch.int8}
 
 
-def page_position(table_M: Tensor, position_T: Tensor) -> Tensor:
-    """Positions of a sequence → where they lie in the pool, page · PAGE_SIZE + offset, int64."""
-    return table_M[position_T // PAGE_SIZE].long() * PAGE_SIZE + position_T % PAGE_SIZE
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor that does not wait for what the device has to do before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class DeviceState:
 
     def bind(self, slot: int, pages: Sequence[int]) -> None:
         """Give a slot its pages."""
-        row = torch.tensor(pages, dtype=torch.int32, device=self.table.device)
-        self.table[slot, : len(pages)] = row
+        self.table[slot, : len(pages)] = upload(torch.tensor(pages, dtype=torch.int32), self.table.device)
 
     def clear(self, slot: int) -> None:
         """Forget what the slot held: a sequence begins."""

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from klquant.kernels.kda.borders import Borders
 from klquant.model.norm import l2_norm, widen
 
 DeltaPath = Literal["step", "chunk", "chunk_fla"]
@@ -59,15 +60,29 @@ def delta_rule(
 
 
 def gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, raw: Tensor, A_log: Tensor, dt_bias: Tensor, beta: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, raw: Tensor, A_log: Tensor, dt_bias: Tensor, beta: Tensor, state: Tensor | None,
+    borders: Borders | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`delta_rule` for q and k that are normed, from what g is made of: raw [B, S, H, D] as `log_decay` takes it.
 
-    fla's kernel makes g itself, so that it is not written out.
+    fla's kernel makes g itself, so that it is not written out. With borders the S positions are those of N sequences
+    one behind the other, B is 1, and the state [N, H, D, D].
     """
     if delta_path(q.device, q.dtype, q.shape[1]) == "chunk_fla":
-        gate = {"use_gate_in_kernel": True, "A_log": A_log, "dt_bias": dt_bias}
-        return kda_chunk_fla(q, k, v, raw, beta, state, normed=True, **gate)
+        how = {"use_gate_in_kernel": True, "A_log": A_log, "dt_bias": dt_bias}
+        if borders:
+            how |= {"cu_seqlens": borders.device, "cu_seqlens_cpu": borders.host}
+        return kda_chunk_fla(q, k, v, raw, beta, state, normed=True, **how)
+    if borders:
+        each = [
+            gated_delta_rule(
+                *(x[:, a:b] for x in (q, k, v, raw)), A_log, dt_bias, beta[:, a:b],
+                None if state is None else state[n : n + 1],
+            )
+            for n, (a, b) in enumerate(borders.spans)
+        ]  # fmt: skip
+        outs, states = zip(*each, strict=True)
+        return torch.cat(outs, 1), torch.cat(states)
     g = log_decay(raw.flatten(-2), A_log, dt_bias).unflatten(-1, raw.shape[-2:])
     return delta_rule(q, k, v, g, beta, state, normed=True)
 
@@ -222,16 +237,16 @@ def _join(blocks: Tensor, low: Tensor) -> Tensor:
 
 def kda_chunk_fla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, *, normed: bool = False,
-    **gate: object,
+    **how: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """flash-linear-attention's Triton kernel; CUDA only. Its state is FP32, its products take q's dtype.
 
-    `gate`: its arguments for making g itself.
+    `how`: its arguments for making g itself, and for sequences one behind the other.
     """
     from fla.ops.kda import chunk_kda
 
     with _ONE_TUNER:
         return chunk_kda(
             q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True,
-            use_qk_l2norm_in_kernel=not normed, **gate,
+            use_qk_l2norm_in_kernel=not normed, **how,
         )  # fmt: skip

@@ -202,9 +202,7 @@ def test_a_turn_computes_only_what_is_new(loaded, monkeypatch):
     engine = make(loaded, chunk=1000)
     seen = []
     real = engine.runner.prefill
-    monkeypatch.setattr(
-        engine.runner, "prefill", lambda ids, slot, start: seen.append(len(ids)) or real(ids, slot, start)
-    )
+    monkeypatch.setattr(engine.runner, "prefill", lambda spans: seen.extend(len(s.ids) for s in spans) or real(spans))
     chat = Chat(engine)
     for text in ("hello", "more", "and more"):
         list(chat.ask(text, GREEDY))
@@ -230,7 +228,7 @@ def test_an_end_token_that_the_template_writes_is_computed_once(loaded, ahead, m
     tokenizer = replace(plain, template=ChatTemplate(source, "here"))
     engine = Engine(weights, tokenizer, LIMITS, ends=frozenset([end]), ahead=ahead)
     seen, real = [], engine.runner.prefill
-    monkeypatch.setattr(engine.runner, "prefill", lambda ids, *rest: seen.append(list(ids)) or real(ids, *rest))
+    monkeypatch.setattr(engine.runner, "prefill", lambda spans: seen.extend(list(s.ids) for s in spans) or real(spans))
     chat = Chat(engine)
     params = replace(GREEDY, max_new_tokens=60, ignore_eos=False)
     list(chat.ask("hello", params))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from klquant.checkpoint.names import expected_tensors
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.engine.load import load_weights, place
+from klquant.engine.prefill import Span
 from klquant.engine.request import SamplingParams
 from klquant.engine.runner import Runner
 from klquant.engine.sizes import Outline, held_sizes
@@ -49,7 +50,8 @@ def test_single_steps_go_the_way_of_the_whole_sequence(folder, packed):
     runner = Runner(weights, slots=1, pages=1, max_context=PAGE_SIZE)
     tokens = ids(weights)[0].tolist()
     runner.bind(0, [0], SamplingParams(seed=0), tokens, fresh=True)
-    tokens.append(runner.first_token(runner.prefill(tokens, 0, 0), 0, len(tokens), "greedy").token.item())
+    span = Span(tuple(tokens), 0, 0)
+    tokens.append(runner.first_tokens(runner.prefill([span]), [span], "greedy").token.item())
     for _ in range(4):
         tokens.append(runner.decode([0], "greedy").token.item())
     likeliest = general_path(weights).logits(torch.tensor([tokens]))[0].argmax(-1).tolist()

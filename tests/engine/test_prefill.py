@@ -7,7 +7,7 @@ import torch
 
 from klquant.engine import prefill
 from klquant.engine.build import OneDevice
-from klquant.engine.prefill import ChunkRows, prefill_layer
+from klquant.engine.prefill import ChunkRows, Span, prefill_layer
 from klquant.engine.state import DeviceState
 from klquant.engine.synthetic import random_weights, synthetic_outline
 from klquant.model.block import block, new_state
@@ -38,7 +38,7 @@ def case(device, dtype):
     state.clear(SLOT)
     starts = [sum(CHUNKS[:i]) for i in range(len(CHUNKS) + 1)]
     x_SC = torch.randn(starts[-1], CONFIG.hidden_size, device=device).to(dtype)
-    chunks = [ChunkRows.of(state, SLOT, a, b) for a, b in pairwise(starts)]
+    chunks = [ChunkRows.of(state, [Span(range(a, b), SLOT, a)]) for a, b in pairwise(starts)]
     return weights, state, x_SC, chunks
 
 
@@ -53,20 +53,52 @@ def check_mixers(device, dtype, limit, monkeypatch):
     for layer, ours, models in ((KDA, prefill.kda_mix, kda_mix), (MLA, prefill.mla_mix, mla_mix)):
         w, other = weights.layers[layer], new_state(CONFIG, layer, 1, dtype, device)
         for chunk in chunks:
-            x = x_SC[chunk.start : chunk.stop]
+            (span,) = chunk.spans
+            x = x_SC[span.start : span.stop]
             got = ours(CONFIG, layer, w.fused, x, state, chunk)
             want = models(CONFIG, w.model.attn, x[None], other)[0]
             assert got.dtype == dtype
-            assert relative(got, want) < limit, (layer, chunk.start)
+            assert relative(got, want) < limit, (layer, span.start)
         if layer == KDA:
             assert relative(state.kda[layer].s[SLOT], other.s[0]) < limit
             # Three products of other shapes made what the fused one did.
             assert relative(state.kda[layer].conv[SLOT], other.conv[0]) < limit
 
 
+def check_sequences_together(device, dtype, limit):
+    """Spans of several sequences at once, by `model` one by one; the second ones go on where the first ended."""
+    weights, state, *_ = case(device, dtype)
+    for slot, pages in {2: [8, 3, 5], 0: [0, 7], 3: [1, 4]}.items():
+        state.bind(slot, pages)
+        state.clear(slot)
+    for layer, ours, models in ((KDA, prefill.kda_mix, kda_mix), (MLA, prefill.mla_mix, mla_mix)):
+        w, seen = weights.layers[layer], dict.fromkeys((2, 0, 3), 0)
+        others = {slot: new_state(CONFIG, layer, 1, dtype, device) for slot in seen}
+        for lengths in ({2: 130, 0: 2, 3: 63}, {0: 70, 2: 3}, {3: 1, 2: 2}):
+            spans = [Span(range(n), slot, seen[slot]) for slot, n in lengths.items()]
+            x_SC = torch.randn(sum(lengths.values()), CONFIG.hidden_size, device=device).to(dtype)
+            got = ours(CONFIG, layer, w.fused, x_SC, state, ChunkRows.of(state, spans)).split([*lengths.values()])
+            for span, mine, x in zip(spans, got, x_SC.split([*lengths.values()]), strict=True):
+                assert relative(mine, models(CONFIG, w.model.attn, x[None], others[span.slot])[0]) < limit, (
+                    layer,
+                    span,
+                )
+                seen[span.slot] = span.stop
+        if layer == KDA:
+            for slot, other in others.items():
+                assert relative(state.kda[layer].s[slot], other.s[0]) < limit
+                assert relative(state.kda[layer].conv[slot], other.conv[0]) < limit
+            assert not state.kda[layer].s[1].any() and not state.kda[layer].conv[1].any()
+
+
 @torch.no_grad()
 def test_mixers(monkeypatch):
     check_mixers("cpu", torch.float32, 1e-5, monkeypatch)
+
+
+@torch.no_grad()
+def test_mixers_of_several_sequences():
+    check_sequences_together("cpu", torch.float32, 1e-5)
 
 
 @torch.no_grad()
@@ -77,7 +109,7 @@ def test_one_position_is_a_step():
         w, other, start = weights.layers[layer], new_state(CONFIG, layer, 1, torch.float32, "cpu"), 0
         for length in (1, 1, 70, 1, 1):
             x = x_SC[start : start + length]
-            chunk = ChunkRows.of(state, SLOT, start, start + length)
+            chunk = ChunkRows.of(state, [Span(range(length), SLOT, start)])
             h, delta = prefill_layer(CONFIG, layer, w, (x, None), state, chunk)
             assert relative(h + delta, block(CONFIG, w.model, x[None], other)[0]) < 1e-5
             start += length
@@ -92,11 +124,18 @@ def test_mixers_on_a_gpu(monkeypatch):
 
 @pytest.mark.gpu
 @torch.no_grad()
+def test_mixers_of_several_sequences_on_a_gpu():
+    check_sequences_together("cuda", torch.bfloat16, 2**-7)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
 def test_a_layer_on_a_gpu():
     """The dense one: rounding moves no routes there."""
     weights, state, x_SC, chunks = case("cuda", torch.bfloat16)
     w, other = weights.layers[0], new_state(CONFIG, 0, 1, torch.bfloat16, "cuda")
     for chunk in chunks:
-        x = x_SC[chunk.start : chunk.stop]
+        (span,) = chunk.spans
+        x = x_SC[span.start : span.stop]
         h, delta = prefill_layer(CONFIG, 0, w, (x, None), state, chunk)
         assert relative(h + delta, block(CONFIG, w.model, x[None], other)[0]) < 2**-7

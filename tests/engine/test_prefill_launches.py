@@ -10,6 +10,7 @@ import torch
 
 from klquant.engine import prefill
 from klquant.engine.build import OneDevice
+from klquant.engine.prefill import Span
 from klquant.engine.runner import Runner
 from klquant.engine.synthetic import parse_synthetic, random_weights, synthetic_outline
 from tests.engine.test_launches import META, NO_LAUNCH, Operations, card
@@ -35,12 +36,12 @@ def chunk(layers, tokens, start, card):
 
     card.setattr(prefill.F, "scaled_dot_product_attention", attend)
     card.setattr(prefill.model_mla, "part_attention", part)
-    card.setattr(prefill, "gated_delta_rule", lambda q, k, v, raw, A_log, dt_bias, beta, state: (v, state))
+    card.setattr(prefill, "gated_delta_rule", lambda q, k, v, raw, A_log, dt_bias, beta, state, borders: (v, state))
     config, layers = parse_synthetic(f"kimi-linear-48b:layers={layers}")
     weights = random_weights(synthetic_outline(config, "int4", layers), OneDevice(META, layers), torch.bfloat16)
     runner = Runner(weights, slots=2, pages=64, max_context=4096, cache_bits=8)
     with Operations() as operations:
-        kernels = list(record(lambda: runner.prefill([0] * tokens, 0, start), card))
+        kernels = list(record(lambda: runner.prefill([Span([0] * tokens, 0, start)]), card))
     names = Counter(launch.kernel.__name__ for launch in kernels)
     return names, Counter({name: n for name, n in operations.count.items() if name not in VIEWS})
 

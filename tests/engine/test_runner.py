@@ -7,6 +7,7 @@ from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.engine.build import OneDevice
 from klquant.engine.load import load_weights
+from klquant.engine.prefill import Span
 from klquant.engine.request import SamplingParams
 from klquant.engine.runner import Runner, bucket
 from klquant.kernels.mla.pages import PAGE_SIZE
@@ -55,8 +56,8 @@ def prefill_logits(runner, ids, slot, chunk, start=0):
     """Logits [S, V] of ids fed in chunks."""
     parts = []
     for at in range(0, len(ids), chunk):
-        h = runner.prefill(ids[at : at + chunk], slot, start + at)
-        parts.append(runner.weights.head(runner.cfg, h)[0])
+        h = runner.prefill([Span(ids[at : at + chunk], slot, start + at)])
+        parts.append(runner.weights.head(runner.cfg, h))
     return torch.cat(parts)
 
 
@@ -120,7 +121,7 @@ def test_rows_of_a_batch_are_singles_with_padding_between(weights, monkeypatch):
     together, feed = make_runner(weights), {slot: random_ids(5, 10 + slot) for slot in texts}
     for slot, ids in texts.items():
         begin(together, slot, pages[slot])
-        together.prefill(ids, slot, 0)
+        together.prefill([Span(ids, slot, 0)])
     forced = Forced(together, monkeypatch)
     rows = [3, -1, 0, 2, -1]
     steps = [forced.step({slot: feed[slot][i] for slot in texts}, rows) for i in range(5)]
@@ -128,12 +129,60 @@ def test_rows_of_a_batch_are_singles_with_padding_between(weights, monkeypatch):
     for slot, ids in texts.items():
         alone = make_runner(weights)
         begin(alone, 1, [4, 5, 6])
-        alone.prefill(ids, 1, 0)
+        alone.prefill([Span(ids, 1, 0)])
         forced = Forced(alone, monkeypatch)
         for i, step in enumerate(steps):
             want = forced.step({1: feed[slot][i]})[0]
             assert (step[rows.index(slot)] - want).abs().max() < 1e-5
         monkeypatch.undo()
+
+
+def test_prompts_side_by_side_are_prompts_alone(weights, monkeypatch):
+    """Of one position and more, in pieces that go on from other lengths, in odd slots and pages: the logits of each
+    position, and of the steps behind them."""
+    texts = {3: random_ids(130, 1), 0: random_ids(66, 2), 2: random_ids(3, 3), 1: random_ids(70, 4)}
+    pages = {3: [15, 2, 9], 0: [8, 3], 2: [0], 1: [4, 11]}
+    together = make_runner(weights)
+    for slot in texts:
+        begin(together, slot, pages[slot])
+    got = {slot: [] for slot in texts}
+    cuts = [
+        {3: (0, 1), 0: (0, 64), 2: (0, 2)},
+        {0: (64, 65), 3: (1, 2)},
+        {1: (0, 70), 3: (2, 130), 2: (2, 3), 0: (65, 66)},
+    ]
+    for cut in cuts:
+        spans = [Span(texts[slot][a:b], slot, a) for slot, (a, b) in cut.items()]
+        logits = weights.head(weights.cfg, together.prefill(spans)).split([len(span.ids) for span in spans])
+        for span, part in zip(spans, logits, strict=True):
+            got[span.slot].append(part)
+    forced = Forced(together, monkeypatch)
+    steps = [forced.step({slot: 7 + i for slot in texts}).clone() for i in range(2)]
+    monkeypatch.undo()
+    for row, (slot, ids) in enumerate(texts.items()):
+        alone = make_runner(weights)
+        begin(alone, 1, [4, 5, 6])
+        assert (torch.cat(got[slot]) - prefill_logits(alone, ids, 1, 200)).abs().max() < 1e-4
+        forced = Forced(alone, monkeypatch)
+        for i, step in enumerate(steps):
+            assert (step[row] - forced.step({1: 7 + i})[0]).abs().max() < 1e-4
+        monkeypatch.undo()
+
+
+def test_first_tokens_are_each_prompts_own(weights):
+    """Drawn together, with parameters of their own, behind a prompt that goes on."""
+    params = [SamplingParams(temperature=1.0, seed=5), SamplingParams(seed=0), SamplingParams(temperature=2.0, seed=6)]
+    spans = [Span(random_ids(n, n), slot, 0) for n, slot in ((70, 2), (1, 0), (9, 3))]
+    alone, together = [], make_runner(weights)
+    for span, each in zip(spans, params, strict=True):
+        runner = make_runner(weights)
+        for r, pages in ((runner, [0, 1]), (together, [2 * span.slot, 2 * span.slot + 1])):
+            begin(r, span.slot, pages, each, span.ids)
+        alone.append(runner.first_tokens(runner.prefill([span]), [span], "plain").token.item())
+    begin(together, 1, [2, 3])
+    h_SC = together.prefill([*spans, Span(random_ids(5), 1, 0)])
+    assert together.first_tokens(h_SC, spans, "plain").token.tolist() == alone
+    assert together.next_token[[2, 0, 3]].tolist() == alone and not together.next_token[1]
 
 
 def test_a_sequence_does_not_see_its_neighbours(weights, monkeypatch):
@@ -143,8 +192,7 @@ def test_a_sequence_does_not_see_its_neighbours(weights, monkeypatch):
         runner = make_runner(weights)
         begin(runner, 0, [1, 2])
         begin(runner, 1, [3, 4])
-        runner.prefill(random_ids(65, 0), 0, 0)
-        runner.prefill(random_ids(65, seed), 1, 0)
+        runner.prefill([Span(random_ids(65, 0), 0, 0), Span(random_ids(65, seed), 1, 0)])
         forced = Forced(runner, monkeypatch)
         results.append([forced.step({0: 7, 1: seed})[0].clone() for _ in range(3)])
         monkeypatch.undo()
@@ -155,7 +203,7 @@ def test_pages_and_slots_are_used_again_without_leaking(weights, monkeypatch):
     """NaN in everything that was given back: a new sequence must not read any of it."""
     runner, fresh = make_runner(weights), make_runner(weights)
     begin(runner, 1, [3, 9, 4])
-    runner.prefill(random_ids(190, 5), 1, 0)
+    runner.prefill([Span(random_ids(190, 5), 1, 0)])
     for stage in runner.stages:
         for pages in stage.state.latent.values():
             pages.data.fill_(float("nan"))
@@ -210,12 +258,12 @@ def test_sampled_tokens_do_not_depend_on_where_the_prompt_ends(weights):
     for first in (70, 69):
         runner = make_runner(weights)
         begin(runner, 0, [0, 1], params, ids)
-        h = runner.prefill(ids[:first], 0, 0)
+        h = runner.prefill([span := Span(ids[:first], 0, 0)])
         if first < 70:
             runner.next_token[0] = ids[69]
             tokens.append(runner.decode([0], "plain").token.item())
         else:
-            tokens.append(runner.first_token(h, 0, 70, "plain").token.item())
+            tokens.append(runner.first_tokens(h, [span], "plain").token.item())
     assert tokens[0] == tokens[1]
 
 
@@ -231,7 +279,8 @@ def test_what_makes_nan_is_named(tiny, where):
     runner = make_runner(broken)
     begin(runner, 0, [0])
     ids = [5, 9, 7]
-    chosen = runner.first_token(runner.prefill(ids, 0, 0), 0, 3, "greedy")
+    span = Span(ids, 0, 0)
+    chosen = runner.first_tokens(runner.prefill([span]), [span], "greedy")
     assert chosen.token.tolist() == [-1]
     assert runner.decode([0], "greedy").token.tolist() == [-1]
     assert runner.find_bad_layer(ids, 0, 2) == where
@@ -249,7 +298,8 @@ def test_stages_hand_the_stream_on(weights, monkeypatch, embedded_outside):
 
     def answer(runner):
         begin(runner, 2, [0, 1], params, ids)
-        tokens = [runner.first_token(runner.prefill(ids, 2, 0), 2, 70, "plain").token[0].item()]
+        span = Span(ids, 2, 0)
+        tokens = [runner.first_tokens(runner.prefill([span]), [span], "plain").token[0].item()]
         for _ in range(6):
             tokens.append(runner.decode([-1, 2], "plain").token[1].item())
         return tokens

@@ -42,11 +42,14 @@ def test_everything_finishes_in_order_and_nothing_is_held_twice(sizes, slots, pa
         before = {q: q.computed for q in added}
         step = s.schedule()
         assert step is not None, "somebody waits and nobody runs"
-        if (c := step.prefill) is not None:
-            assert c.start == before[c.sequence] < c.stop <= c.sequence.prompt and c.stop - c.start <= chunk
+        for c in step.prefill:
+            assert c.start == before[c.sequence] < c.stop <= c.sequence.prompt
             assert c.sequence not in step.decode
             if c.start == 0:
                 admitted.append(c.sequence)
+        fed = sum(c.stop - c.start for c in step.prefill)
+        assert fed <= chunk and all(c.last for c in step.prefill[:-1])
+        assert fed == chunk or not s.waiting or s.shortage(s.waiting[0]), "room in the chunk, and the next one waits"
         for q in step.decode:
             assert before[q] >= q.prompt and q.computed == before[q] + 1
         running = {q for q in added if q.prompt <= before[q] < q.most and q not in done}
@@ -72,10 +75,20 @@ def test_the_head_of_the_queue_is_not_overtaken():
     for q in (first, large, small):
         s.add(q)
     for _ in range(10):
-        assert all(chunk is None or chunk.sequence is first for chunk in [s.schedule().prefill])
+        assert all(chunk.sequence is first for chunk in s.schedule().prefill)
     assert s.shortage(large) == "5 cache pages of 4 tokens are missing"
     s.finish(first)
-    assert s.schedule().prefill.sequence is large
+    assert [chunk.sequence for chunk in s.schedule().prefill] == [large]
+
+
+def test_short_prompts_share_a_chunk_and_a_long_one_takes_what_is_left():
+    s = scheduler(slots=5, pages=40, chunk=12)
+    short, longer, long, last = sequence(3, 4), sequence(5, 4), sequence(20, 4), sequence(2, 4)
+    for q in (short, longer, long, last):
+        s.add(q)
+    chunks = [[(c.sequence, c.start, c.stop) for c in s.schedule().prefill] for _ in range(3)]
+    assert chunks[0] == [(short, 0, 3), (longer, 0, 5), (long, 0, 4)]
+    assert chunks[1:] == [[(long, 4, 16)], [(long, 16, 20), (last, 0, 2)]]
 
 
 def test_a_sequence_that_keeps_its_state_goes_on_from_it():
@@ -89,7 +102,7 @@ def test_a_sequence_that_keeps_its_state_goes_on_from_it():
     assert q.computed == 9 and len(pages) == 3 and s.slots.free == 2
     q.prompt, q.most = 15, 20
     s.add(q)
-    chunk = s.schedule().prefill
+    (chunk,) = s.schedule().prefill
     assert (chunk.start, chunk.stop) == (9, 14) and q.pages[:3] == pages and len(q.pages) == 5
     s.finish(q)
     s.release(q)

@@ -6,6 +6,7 @@ from itertools import cycle
 import pytest
 import torch
 
+from klquant.kernels.kda.borders import Borders
 from klquant.kernels.mla.pages import LatentPages
 from tests.kernels.launches import CARDS
 from tests.kernels.test_compile import launches, meta, problems
@@ -22,16 +23,18 @@ def chunks(dtype: torch.dtype) -> Iterator:
     from klquant.kernels.norm import triton as norm
 
     width, heads = HEADS * DIM, meta(TOKENS, HEADS, DIM, dtype=dtype)
-    for batch, tail in ((1, meta(1, 3 * width, TAPS - 1, dtype=dtype)), (8, None)):
-        yield lambda batch=batch, tail=tail: kda.prefill_inputs(
-            meta(batch, TOKENS, 3 * width, dtype=dtype),
-            meta(batch, TOKENS, 2 * LOW + HEADS, dtype=dtype)[..., 2 * LOW :], meta(3 * width, TAPS, dtype=dtype), tail,
-        )  # fmt: skip
+    tail, border = meta(1, 3 * width, TAPS - 1, dtype=dtype), torch.tensor([0, 40, TOKENS])
+    low = meta(8, TOKENS, 2 * LOW + HEADS, dtype=dtype)[..., 2 * LOW :]
+    two = (meta(2, 3 * width, TAPS - 1, dtype=dtype), Borders(border, border.to("meta")))
+    for batch, *rest in ((1, tail), (8, None), (1, *two)):
+        yield lambda batch=batch, rest=rest: kda.prefill_inputs(
+            meta(batch, TOKENS, 3 * width, dtype=dtype), low[:batch], meta(3 * width, TAPS, dtype=dtype), *rest
+        )
     for o in (heads, heads.float()):
         yield lambda o=o: norm.gated_rms_norm(o, heads, meta(DIM, dtype=dtype), 1e-5)
     for stored in STORED:
         pages = LatentPages.empty(40, RANK + ROPE, stored or dtype, "meta")
-        yield lambda pages=pages: mla.read_latent(pages, meta(40, dtype=torch.int32), 0, TOKENS, dtype)
+        yield lambda pages=pages: mla.read_latent(pages, meta(TOKENS, dtype=torch.int64), dtype)
     kv, shared = meta(TOKENS, HEADS * (NOPE + V), dtype=dtype), meta(TOKENS, RANK + ROPE, dtype=dtype)[:, RANK:]
     yield lambda: mla.keys_values(kv, shared, HEADS, NOPE)
     o, total = meta(HEADS, TOKENS, NOPE + ROPE, dtype=dtype), floats(HEADS, TOKENS)

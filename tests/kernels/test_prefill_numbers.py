@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from klquant.kernels.mla.pages import PAGE_SIZE
+from klquant.kernels.kda.borders import Borders
+from klquant.kernels.mla.pages import PAGE_SIZE, page_position
 from tests.kernels.build import DEVICE, LIMIT, can_run, error
 from tests.kernels.test_decode_numbers import DTYPES, FORMATS, NAN, cached, on_device, poison, strided, to_device
 from tests.triton_interpreter import needs_triton
@@ -50,6 +51,27 @@ def test_prefill_inputs(lengths, batch, heads, dim, taps, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_inputs_of_sequences_one_behind_the_other(dtype):
+    heads, dim, taps = 2, 16, 4
+    border = torch.tensor([0, 1, 34, 36, 100, 103])
+    borders, count = Borders(border, border.to(DEVICE)), 103
+    weights = (torch.randn(3 * heads * dim, taps) / taps**0.5).to(dtype)
+    tail = torch.randn(5, 3 * heads * dim, taps - 1).to(dtype)
+    want_tail, tail = tail.double(), tail.to(DEVICE)
+    for _ in range(2):
+        qkv, b = torch.randn(1, count, 3 * heads * dim).to(dtype), torch.randn(1, count, heads).to(dtype)
+        for got_tail, its in ((tail, want_tail), (None, None)):
+            got = kda_prefill.prefill_inputs(rows_of(qkv), rows_of(b), weights.to(DEVICE), got_tail, borders)
+            for n, (start, end) in enumerate(borders.spans):
+                mine = None if its is None else its[n : n + 1]
+                alone = (qkv[:, start:end].double(), b[:, start:end].double(), weights.double(), mine)
+                want = kda_reference.prefill_inputs(*alone)
+                for x, y in zip(got, want, strict=True):
+                    assert error(x[:, start:end], y) < (LIMIT[dtype] if x.dtype == dtype else 1e-6)
+        assert torch.equal(tail.cpu().double(), want_tail)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 16), (5, 3, 40), (70, 2, 64)])
 def test_gated_rms_norm(rows, heads, dim, dtype):
     gate, weight = torch.randn(rows, heads, dim).to(dtype), torch.randn(dim).to(dtype)
@@ -66,9 +88,11 @@ def test_gated_rms_norm(rows, heads, dim, dtype):
 def test_read_latent(stored, dtype):
     """The bits that the plain gather gives, from the middle of a page to the middle of another."""
     pages, table, _ = cached([2 * PAGE_SIZE + 30], 48, stored or dtype, dtype)
+    position = torch.arange(2 * PAGE_SIZE + 30)
+    at = page_position(table[0, position // PAGE_SIZE], position)
     for start, stop in ((0, 1), (0, 130), (63, 65), (17, 140), (128, 158)):
-        want = mla_reference.read_latent(pages, table[0], stop, dtype)[start:]
-        got = mla_prefill.read_latent(on_device(pages), table[0].to(DEVICE), start, stop, dtype)
+        want = mla_reference.read_latent(pages, at[start:stop], dtype)
+        got = mla_prefill.read_latent(on_device(pages), at[start:stop].to(DEVICE), dtype)
         assert torch.equal(got.cpu(), want)
 
 

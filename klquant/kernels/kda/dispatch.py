@@ -4,6 +4,7 @@ from torch import Tensor
 
 from klquant.kernels.card import starts_early
 from klquant.kernels.kda import reference
+from klquant.kernels.kda.borders import Borders
 from klquant.kernels.kda.tiles import decode_tile
 from klquant.kernels.kda.weights import KDADecode
 
@@ -25,17 +26,18 @@ def kda_decode(
 
 
 def prefill_inputs(
-    qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None
+    qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None, borders: Borders | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the delta rule of S positions of B sequences reads: (q, k, v [B, S, H, D] in qkv's dtype, β [B, S, H] FP32).
 
     qkv [B, S, 3·F]: the three projections; b [B, S, H]; rows of both may be strided. taps [3·F, W]. q, k and v are
     convolved and passed through SiLU, q and k then l2-normed, each rounded to qkv's dtype; β = sigmoid(b). tail
     [B, 3·F, W − 1], qkv's dtype, contiguous: the inputs before the first position, replaced by the last ones; None:
-    zeros, and the last ones are not kept. One launch.
+    zeros, and the last ones are not kept. With borders the S positions are those of sequences one behind the other,
+    and B is 1 but for the tails. One launch.
     """
     if not qkv_BSF.is_cuda:
-        return reference.prefill_inputs(qkv_BSF, b_BSH, taps_FW, tail_BFW)
+        return reference.prefill_inputs(qkv_BSF, b_BSH, taps_FW, tail_BFW, borders)
     from klquant.kernels.kda import prefill
 
-    return prefill.prefill_inputs(qkv_BSF, b_BSH, taps_FW, tail_BFW)
+    return prefill.prefill_inputs(qkv_BSF, b_BSH, taps_FW, tail_BFW, borders)

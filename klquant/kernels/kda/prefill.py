@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from klquant.kernels.kda.borders import Borders
 from klquant.kernels.kda.inputs import columns
 from klquant.kernels.norm.reference import L2_EPS
 
@@ -36,10 +37,11 @@ def _last(x, x_stride, tail, channel, count, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def prefill_inputs_kernel(
-    qkv, qkv_stride, b, b_stride, taps, tail, out, beta, count, eps,
+    qkv, qkv_stride, b, b_stride, taps, tail, borders, out, beta, count, eps,
     H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """out [3, B, S, H·D]: q, k, v; β [B, S, H]; grid (3·heads, tiles of BS positions, sequences).
+    """out [3, B, S, H·D]: q, k, v; β [B, S, H]; grid (3·heads, tiles of BS positions, sequences). count: positions of a
+    sequence, or with borders of all.
 
     Of all programs only a head's first in a sequence reads the head's tail, and having read it puts the new one there.
     """
@@ -48,8 +50,12 @@ def prefill_inputs_kernel(
     d = tl.arange(0, D)
     channel = head * D + d
     s = tl.program_id(1) * BS + tl.arange(0, BS)
+    if borders is None:
+        first, total = tl.program_id(2).to(tl.int64) * count, tl.num_programs(2).to(tl.int64) * count
+    else:
+        first, total = tl.load(borders + tl.program_id(2)), count.to(tl.int64)
+        count = (tl.load(borders + tl.program_id(2) + 1) - first).to(tl.int32)
     exists = s < count
-    first = tl.program_id(2).to(tl.int64) * count
     x_rows = qkv + first * qkv_stride
     tap = _rows(taps, channel, W, BW)
     y = tl.zeros([BS, D], tl.float32)
@@ -77,7 +83,7 @@ def prefill_inputs_kernel(
     if part < 2:
         x = y.to(tl.float32)
         y = (x / tl.sqrt(tl.sum(x * x, 1) + eps)[:, None]).to(DTYPE)
-    to = (part.to(tl.int64) * tl.num_programs(2) * count + first + s)[:, None] * (H * D) + (head * D + d)[None, :]
+    to = (part * total + first + s)[:, None] * (H * D) + (head * D + d)[None, :]
     tl.store(out + to, y, mask=exists[:, None])
     if part == 2:
         logit = tl.load(b + (first + s) * b_stride + head, mask=exists, other=0.0).to(tl.float32)
@@ -85,7 +91,7 @@ def prefill_inputs_kernel(
 
 
 def prefill_inputs(
-    qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None
+    qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None, borders: Borders | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """One launch. D is a power of two."""
     batch, count, heads = b_BSH.shape
@@ -93,8 +99,10 @@ def prefill_inputs(
     qkv_TF, b_TH = qkv_BSF.flatten(0, 1), b_BSH.flatten(0, 1)
     out = torch.empty(3, batch, count, heads, dim, dtype=qkv_TF.dtype, device=qkv_TF.device)
     beta = torch.empty(batch, count, heads, dtype=torch.float32, device=qkv_TF.device)
-    prefill_inputs_kernel[(3 * heads, triton.cdiv(count, POSITIONS), batch)](
-        qkv_TF, qkv_TF.stride(0), b_TH, b_TH.stride(0), taps_FW, tail_BFW, out, beta, count, L2_EPS,
+    lengths = [end - start for start, end in borders.spans] if borders else [count] * batch
+    prefill_inputs_kernel[(3 * heads, triton.cdiv(max(lengths), POSITIONS), len(lengths))](
+        qkv_TF, qkv_TF.stride(0), b_TH, b_TH.stride(0), taps_FW, tail_BFW, borders.device if borders else None, out,
+        beta, count, L2_EPS,
         H=heads, D=dim, W=taps_FW.shape[1], BW=triton.next_power_of_2(taps_FW.shape[1]), BS=POSITIONS, num_warps=4,
     )  # fmt: skip
     return *out.unbind(), beta

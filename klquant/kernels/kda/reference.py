@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from klquant.kernels.kda.borders import Borders
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.norm.reference import gated_rms_norm, l2_norm, widen
 
@@ -40,9 +41,15 @@ def kda_decode(
 
 
 def prefill_inputs(
-    qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None
+    qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None, borders: Borders | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`klquant.kernels.kda.dispatch.prefill_inputs`, in the dtype of the activations."""
+    if borders:
+        each = [
+            prefill_inputs(qkv_BSF[:, a:b], b_BSH[:, a:b], taps_FW, None if tail_BFW is None else tail_BFW[n : n + 1])
+            for n, (a, b) in enumerate(borders.spans)
+        ]
+        return tuple(torch.cat(x, 1) for x in zip(*each, strict=True))
     heads = b_BSH.shape[-1]
     mixed_BSF = F.silu(short_conv(qkv_BSF, taps_FW, tail_BFW)).to(qkv_BSF.dtype)
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in mixed_BSF.chunk(3, -1))

@@ -41,16 +41,13 @@ def mla_decode(
     return triton.mla_decode(q_BHK, kv_b, pages, page_table_BM, length_B, scale, tile)
 
 
-def read_latent(pages: LatentPages, table_M: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Latents [stop − start, L] of the positions of a sequence whose pages are `table_M` (int32), as values of `dtype`:
-    one launch."""
-    if not table_M.is_cuda:
-        first = start // PAGE_SIZE
-        latent = reference.read_latent(pages, table_M[first:], stop - first * PAGE_SIZE, dtype)
-        return latent[start - first * PAGE_SIZE :]
+def read_latent(pages: LatentPages, at_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """Latents [T, L] that lie at `at_T` (int64: page · S + offset), as values of `dtype`: one launch."""
+    if not at_T.is_cuda:
+        return reference.read_latent(pages, at_T, dtype)
     from klquant.kernels.mla import prefill
 
-    return prefill.read_latent(pages, table_M, start, stop, dtype)
+    return prefill.read_latent(pages, at_T, dtype)
 
 
 def keys_values(kv_TF: Tensor, shared_TR: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:

@@ -40,13 +40,16 @@ class LatentPages:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
-def read_latent(pages: LatentPages, page_table_M: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The first `length` latents of a sequence whose pages are `page_table_M` (int32), as values [length, L]."""
-    page = page_table_M[: -(-length // PAGE_SIZE)].long()
+def page_position(page_T: Tensor, position_T: Tensor) -> Tensor:
+    """Where positions of sequences lie in the pool: page · PAGE_SIZE + offset, int64. page_T: the pages they are in."""
+    return page_T.long() * PAGE_SIZE + position_T % PAGE_SIZE
+
+
+def read_latent(pages: LatentPages, at_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """The latents that lie at `at_T` (int64, `page_position`), as values [T, L]."""
     # Bytes, because not every operation knows FP8.
     raw = pages.data.view(torch.uint8) if pages.scale is not None else pages.data
-    latent = raw[page].flatten(0, 1)[:length]
+    latent = raw.flatten(0, 1)[at_T]
     if pages.scale is None:
         return latent.to(dtype)
-    scale = pages.scale[page].flatten()[:length]
-    return (latent.view(pages.data.dtype).float() * scale[:, None]).to(dtype)
+    return (latent.view(pages.data.dtype).float() * pages.scale.flatten()[at_T, None]).to(dtype)

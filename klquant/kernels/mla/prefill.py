@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
+from klquant.kernels.mla.pages import LatentPages
 
 TOKENS = 16
 
@@ -25,31 +25,29 @@ def _decode(codes, FORMAT: tl.constexpr):
         return codes.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["start", "count"])
+@triton.jit(do_not_specialize=["count"])
 def read_latent_kernel(
-    data, scale, table, out, start, count, L: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr,
-    PAGE: tl.constexpr, FORMAT: tl.constexpr,
+    data, scale, place, out, count, L: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """out [count, L]; grid (tiles of BT tokens,)."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     l = tl.arange(0, BLOCK)
     exists = t < count
     inside = exists[:, None] & (l < L)[None, :]
-    position = start + t
-    at = tl.load(table + position // PAGE, mask=exists, other=0).to(tl.int64) * PAGE + position % PAGE
+    at = tl.load(place + t, mask=exists, other=0)
     x = tl.load(data + at[:, None] * L + l[None, :], mask=inside, other=0)
     if FORMAT != "plain":
         x = _decode(x, FORMAT) * tl.load(scale + at, mask=exists, other=0.0)[:, None]
     tl.store(out + t[:, None].to(tl.int64) * L + l[None, :], x.to(out.dtype.element_ty), mask=inside)
 
 
-def read_latent(pages: LatentPages, table_M: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def read_latent(pages: LatentPages, at_T: Tensor, dtype: torch.dtype) -> Tensor:
     """One launch."""
-    width, count, coded = pages.data.shape[-1], stop - start, pages.scale is not None
-    out = torch.empty(count, width, dtype=dtype, device=table_M.device)
+    width, count, coded = pages.data.shape[-1], len(at_T), pages.scale is not None
+    out = torch.empty(count, width, dtype=dtype, device=at_T.device)
     read_latent_kernel[(triton.cdiv(count, TOKENS),)](
-        pages.data.view(torch.int8) if coded else pages.data, pages.scale, table_M, out, start, count,
-        L=width, BLOCK=triton.next_power_of_2(width), BT=TOKENS, PAGE=PAGE_SIZE, FORMAT=pages.format, num_warps=8,
+        pages.data.view(torch.int8) if coded else pages.data, pages.scale, at_T, out, count,
+        L=width, BLOCK=triton.next_power_of_2(width), BT=TOKENS, FORMAT=pages.format, num_warps=8,
     )  # fmt: skip
     return out
 

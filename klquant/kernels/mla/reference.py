@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klquant.kernels.mla.pages import CODE_MAX, LatentPages, read_latent
+from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, page_position, read_latent
 from klquant.kernels.norm.reference import LATENT_EPS, rms_norm, widen
 
 
@@ -35,7 +35,9 @@ def mla_decode(
     out = q_BHK.new_zeros(len(q_BHK), heads, to_v.shape[1])
     for b, length in enumerate(length_B.tolist()):
         if length:
-            latent = read_latent(pages, page_table_BM[b], length, q_BHK.dtype)
+            position = torch.arange(length, device=q_BHK.device)
+            at = page_position(page_table_BM[b, position // PAGE_SIZE], position)
+            latent = read_latent(pages, at, q_BHK.dtype)
             weight = (widen(q_BHL[b] @ latent.T) * scale).softmax(-1).to(latent.dtype)
             out[b] = torch.einsum("hl,hvl->hv", weight @ latent[:, :rank], to_v)
     return out.flatten(1)
