@@ -1,6 +1,6 @@
 """Many requests at once through the engine's loop, on a GPU, with random weights of the 48B's shapes.
 
-    PYTHONPATH=. python3 -m benchmarks.requests [--cases 32x128,32x512,8x2048] [--new 256] [--layers 27]
+    PYTHONPATH=. python3 -m benchmarks.serving [--cases 32x128,32x512,8x2048] [--new 256] [--layers 27]
 
 32x128: 32 prompts of 128 tokens, all there at the start. "first": until the first token of the last of them, less a
 step more; "all": until the last token of all. Greedy; the second run of each case is reported.
