@@ -154,7 +154,7 @@ def kda_state_bytes(config: KimiLinearConfig, activation_bytes: int = 2) -> int:
 
 
 def workspace_estimate(config: KimiLinearConfig, context: int, sequences: int, activation_bytes: int = 2) -> int:
-    """Activations of a prefill chunk, the last one of `context` tokens, at their largest: an estimate.
+    """Activations of a prefill chunk, the last one of `context` tokens in all, at their largest: an estimate.
 
     The residual stream stays; KDA, MLA and MLP follow one another, so the largest of the three counts.
     """
@@ -164,6 +164,8 @@ def workspace_estimate(config: KimiLinearConfig, context: int, sequences: int, a
     residual = 3 * c.hidden_size * value
     # q, k, v twice, both gates, output and the chunk kernel's intermediates, g in FP32; a state every 64 tokens
     kda = tokens * (c.kda_width * (14 * value + 4) + c.kda_width * c.kda_dim * value // 64)
+    # of several prompts in a chunk the states before and after, and each has a chunk of the kernel that is not full
+    kda += (min(sequences, tokens) if sequences > 1 else 0) * c.kda_width * c.kda_dim * (8 + value)
     # kv_b's output, keys, values as wide as keys, of the chunk and of a block before it; queries, outputs, their sum
     expanded = c.num_heads * (c.qk_nope_dim + c.v_dim + 2 * c.qk_dim) * value
     mla = (tokens + past) * expanded + tokens * c.num_heads * (3 * c.qk_dim * value + 2 * c.v_dim * 4)
