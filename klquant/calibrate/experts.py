@@ -137,7 +137,10 @@ def _blocks_that_fit(walk: LayerWalk, blocks: int) -> int:
         walk.config, tokens, walk.settings.dtype.itemsize, BLOCK[walk.settings.device.type],
         corrects=walk.streams.reference is not None,
     )  # fmt: skip
-    free = int(USED * free_memory(walk.settings.device)) - need.codes - need.working
+    free = free_memory(walk.settings.device)
+    if walk.settings.device.type == "cpu" and walk.settings.host_limit is not None:
+        free = min(free, walk.settings.host_limit - need.weights)
+    free = int(USED * free) - need.codes - need.working
     fit = max(1, free // need.block)
     chunks = -(-blocks // fit)
     return -(-blocks // chunks)

@@ -69,14 +69,15 @@ class Streams:
 @dataclass(frozen=True)
 class WalkSettings:
     """Where a layer is worked on. `batch` is in windows; of `expert_blocks` blocks of experts the moments are held at
-    once (None: as many as fit); `others` are devices that share the experts with `device`. Results depend on `dtype`,
-    `batch` and the kind of device only."""
+    once (None: as many as fit); `others` are devices that share the experts with `device`; `host_limit`: most bytes of
+    host memory. Results depend on `dtype`, `batch` and the kind of device only."""
 
     device: torch.device
     dtype: torch.dtype
     batch: int
     expert_blocks: int | None = None
     others: tuple[torch.device, ...] = ()
+    host_limit: int | None = None
 
     @property
     def devices(self) -> tuple[torch.device, ...]:

@@ -1,5 +1,7 @@
 """Devices by name."""
 
+from collections.abc import Sequence
+
 import torch
 
 from klquant.errors import UserError
@@ -26,6 +28,13 @@ def pick_device(name: str | None) -> torch.device:
     else:
         raise UserError(f"unknown device {name!r}; use cpu, cuda or cuda:N")
     return device
+
+
+def hardware(devices: Sequence[torch.device]) -> str:
+    """Kind of the devices, and what decides the order of sums there: a CPU's instructions, a card's model."""
+    if devices[0].type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return "cuda " + ", ".join(sorted({torch.cuda.get_device_name(device) for device in devices}))
 
 
 def pick_devices(names: str) -> list[torch.device]:

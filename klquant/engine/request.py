@@ -10,6 +10,8 @@ from klquant.errors import UserError
 
 MAX_LOGPROBS = 20
 MAX_SEED = (1 << 63) - 1
+# Below this logits over temperature are no FP32 numbers, and no token but the likeliest would ever be drawn.
+LEAST_TEMPERATURE = 1e-4
 
 # length: max_new_tokens; context: the engine's max_context; error: the model's logits were not numbers.
 Finish = Literal["eos", "stop", "length", "context", "error", "cancelled"]
@@ -19,12 +21,13 @@ Finish = Literal["eos", "stop", "length", "context", "error", "cancelled"]
 class SamplingParams:
     """How tokens are chosen and when to stop.
 
-    temperature: 0 takes the likeliest token. top_k (0: all), top_p (1: all) and min_p (0: all) narrow the choice, in
-    this order: the k likeliest tokens, the fewest whose probability reaches top_p, those at least min_p times as likely
-    as the first. repetition_penalty: logits of tokens seen in prompt or answer are divided by it where positive and
-    multiplied where negative. seed: equal seeds give equal answers, whatever else runs beside; None draws one. stop:
-    texts that end the answer and are not part of it. logprobs: that many likeliest tokens beside each chosen one,
-    before temperature and penalty; None reports none. ignore_eos: the model's end token does not stop.
+    temperature: 0 takes the likeliest token, others are at least LEAST_TEMPERATURE. top_k (0: all), top_p (1: all) and
+    min_p (0: all) narrow the choice, in this order: the k likeliest tokens, the fewest whose probability reaches top_p,
+    those at least min_p times as likely as the first. repetition_penalty: logits of tokens seen in prompt or answer are
+    divided by it where positive and multiplied where negative. seed: equal seeds give equal answers, whatever else runs
+    beside; None draws one. stop: texts that end the answer and are not part of it. logprobs: that many likeliest tokens
+    beside each chosen one, before temperature and penalty; None reports none. ignore_eos: the model's end token does
+    not stop.
     """
 
     max_new_tokens: int = 512
@@ -42,8 +45,12 @@ class SamplingParams:
         """Raises UserError naming the first parameter out of its range."""
         for name, ok, want in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            (
+                "temperature",
+                not self.temperature or LEAST_TEMPERATURE <= self.temperature < float("inf"),
+                f"0 (the likeliest token) or at least {LEAST_TEMPERATURE}",
+            ),
+            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),

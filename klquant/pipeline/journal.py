@@ -49,7 +49,7 @@ _CHANGED = {
     "weights": "other weights",
     "plan": "another recipe, target or tensor index",
     "calibration": OTHER_TEXT,
-    "device": "another kind of device",
+    "device": "another kind of CPU or card",
     "shard_bytes": "another shard size",
 }
 

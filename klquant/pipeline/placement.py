@@ -75,15 +75,17 @@ def place(
     # One layer's weights read ahead; one layer's output waiting to be written and one in the making, at 8 bits or less.
     working = (STORED_ITEM + 2) * widest_layer(config) + HOST_BASE if cuda else 0
     allowed = free_memory() if limits.cpu is None else min(free_memory(), limits.cpu)
-    if cuda and allowed < working:
+    kind = settings.device.type
+    need = Footprint.of(config, settings.batch * length, settings.dtype.itemsize, BLOCK[kind], streams > 1)
+    least = working if cuda else need.least
+    if allowed < least:
         raise UserError(
-            f"host memory: a layer takes about {working / 1e9:.1f} GB, {allowed / 1e9:.1f} GB are free or allowed; "
+            f"host memory: a layer takes about {least / 1e9:.1f} GB, {allowed / 1e9:.1f} GB are free or allowed; "
             "free memory or raise --max-cpu-memory"
         )
-    in_files = size > MEMORY_SHARE[settings.device.type] * (allowed - working)
+    in_files = size > MEMORY_SHARE[kind] * (allowed - working)
     if not cuda:
         return Placement(size, in_files)
-    need = Footprint.of(config, settings.batch * length, settings.dtype.itemsize, BLOCK["cuda"], streams > 1)
     for device in settings.devices:
         if (free := free_memory(device)) < need.least:
             raise UserError(

@@ -20,7 +20,7 @@ from klquant.checkpoint.writer import (
     plan_shards,
     write_safetensors,
 )
-from klquant.core.device import pick_devices
+from klquant.core.device import hardware, pick_devices
 from klquant.core.memory import free_memory
 from klquant.errors import UserError
 from klquant.model.tuning import import_fla, tuning_note
@@ -66,6 +66,8 @@ def quantize(
     watcher = watcher or Silent()
     with Journal(out) as journal, torch.no_grad():
         before = journal.find(options.resume)
+        if options.resume and before is None:
+            watcher.note(f"nothing to resume at {out}: this run begins at the first layer")
         check_model(reader)
         device, *others = pick_devices(options.device)
         settings = WalkSettings(
@@ -73,11 +75,12 @@ def quantize(
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
             batch=max(1, BATCH_TOKENS[device.type] // plan.recipe.calibration.window),
             others=tuple(others),
+            host_limit=options.limits.cpu,
         )
         limit_devices(settings, options.limits)
         purpose = Purpose(
             klquant.__version__, torch.__version__, reader.fingerprint(), plan.digest(),
-            before and before["calibration"], device.type, options.shard_bytes,
+            before and before["calibration"], hardware(settings.devices), options.shard_bytes,
         )  # fmt: skip
         if before:
             journal.check(purpose)

@@ -60,6 +60,20 @@ def test_a_recommendation_that_cannot_be_used_is_refused_by_name(says, content, 
         default_params(says(content))
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "wanted"),
+    [
+        ("temperature", (-1.0, 1e-5, float("inf"), float("nan")), r"0 \(the likeliest token\) or at least 0\.0001"),
+        ("top_k", (-1, 2.5), "a whole number"),
+    ],
+)
+def test_what_no_distribution_has_is_refused(name, values, wanted):
+    for value in values:
+        with pytest.raises(UserError, match=f"{name} is .*, expected {wanted}"):
+            SamplingParams(**{name: value})
+    SamplingParams(temperature=1e-4, top_k=1)
+
+
 @pytest.mark.parametrize("ids", ["</s>", [1, "</s>"], [1, None], -1, True, 1.0, {"id": 1}])
 def test_end_tokens_that_are_no_ids_are_refused(says, ids):
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is .*, expected a token id or a list"):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from klquant.evaluate.statistics import BINS, by_position, interval, quality
+from klquant.evaluate.statistics import BINS, by_position, interval, quality, quantiles
 
 
 def record(kld, nll=2.0, reference=1.9):
@@ -22,6 +22,13 @@ def test_the_mean_and_percentiles_are_over_all_positions():
     assert q.perplexity == pytest.approx(torch.tensor(2.0).exp().item())
     assert q.perplexity_ratio.mean == pytest.approx(torch.tensor(0.1).exp().item())
     assert q.kld.low is None, "one window in a domain is no sample"
+
+
+@pytest.mark.parametrize("count", [1, 2, 999, 1000])
+def test_quantiles_are_torchs(count):
+    values, shares = torch.rand(count), (0.0, 0.31, 0.5, 0.999, 1.0)
+    want = torch.quantile(values.double(), torch.tensor(shares, dtype=torch.float64))
+    assert quantiles(values, shares) == pytest.approx(want.tolist(), rel=1e-12)
 
 
 def test_the_interval_is_that_of_the_mean_over_windows():

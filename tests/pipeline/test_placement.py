@@ -1,10 +1,12 @@
 """Where things live and how much is done at once: what fits, what is refused with which figure, what is printed."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from klquant.calibrate import experts
 from klquant.calibrate.footprint import Footprint, widest_layer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.config import KimiLinearConfig
@@ -62,6 +64,26 @@ def test_what_cannot_fit_is_refused_with_a_figure_that_does(machine):
     with pytest.raises(UserError, match="raise --max-cpu-memory") as error:
         place(WIDE, CARD, 512, 2048, 2, Limits(cpu=GB))
     assert "\n" not in str(error.value)
+
+
+def test_a_limit_of_host_memory_counts_on_a_cpu(machine, monkeypatch):
+    machine(64, 0)
+    cpu = WalkSettings(torch.device("cpu"), torch.float32, 4)
+    with pytest.raises(UserError, match=r"a layer takes about ([\d.]+) GB, 8\.0 GB are free or allowed") as error:
+        place(WIDE, cpu, 512, 2048, 2, Limits(cpu=8 * GB))
+    least = float(re.search(r"about ([\d.]+) GB", str(error.value))[1]) + 0.1
+    assert place(WIDE, cpu, 512, 2048, 2, Limits(cpu=int(least * GB))).in_files
+    assert not place(WIDE, cpu, 64, 2048, 2, Limits()).in_files
+
+
+def test_a_limit_of_host_memory_holds_moments_of_fewer_experts(monkeypatch):
+    monkeypatch.setattr(experts, "free_memory", lambda device: 1000 * GB)
+    streams = SimpleNamespace(quantized=torch.empty(1, 2048, 1), reference=None)
+    fit = []
+    for limit in (None, 24 * GB, 0):
+        settings = WalkSettings(torch.device("cpu"), torch.float32, 4, host_limit=limit)
+        fit.append(experts._blocks_that_fit(SimpleNamespace(settings=settings, streams=streams, config=WIDE), 16))
+    assert fit[0] == 16 and 1 < fit[1] < 16 and fit[2] == 1
 
 
 def test_the_widest_layer_is_the_checkpoints(model):

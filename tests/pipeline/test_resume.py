@@ -164,7 +164,27 @@ def test_another_shard_size_is_refused(stopped, model):
 def test_another_kind_of_device_is_refused(stopped, model, monkeypatch):
     """A GPU works in other precision and order."""
     monkeypatch.setattr(pipeline, "pick_devices", lambda names: [torch.device("cuda")])
-    refused(stopped, "was started with another kind of device", model, resume=True, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some card")
+    refused(stopped, "was started with another kind of CPU or card", model, resume=True, device="cuda")
+
+
+def test_where_nothing_can_be_resumed_a_run_begins_and_says_so(model, tmp_path, whole_digests):
+    """A mistyped output must not cost the whole run again unnoticed."""
+    notes = []
+
+    class Listening(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    run(model, tmp_path / "out", watcher=Listening(), resume=True)
+    assert sum(f"nothing to resume at {tmp_path / 'out'}" in note for note in notes) == 1
+    assert digests(tmp_path / "out") == whole_digests
+
+
+def test_a_cpu_with_other_instructions_is_refused(stopped, model, monkeypatch):
+    """It adds in other orders."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "some instructions")
+    refused(stopped, "was started with another kind of CPU or card", model, resume=True)
 
 
 def test_every_change_is_named(stopped, model):
