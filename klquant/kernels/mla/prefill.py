@@ -34,10 +34,10 @@ def read_latent_kernel(
     l = tl.arange(0, BLOCK)
     exists = t < count
     inside = exists[:, None] & (l < L)[None, :]
-    at = tl.load(place + t, mask=exists, other=0)
-    x = tl.load(data + at[:, None] * L + l[None, :], mask=inside, other=0)
+    at = tl.load(place + t, mask=exists, other=-1)
+    x = tl.load(data + at[:, None] * L + l[None, :], mask=inside & (at >= 0)[:, None], other=0)
     if FORMAT != "plain":
-        x = _decode(x, FORMAT) * tl.load(scale + at, mask=exists, other=0.0)[:, None]
+        x = _decode(x, FORMAT) * tl.load(scale + at, mask=at >= 0, other=0.0)[:, None]
     tl.store(out + t[:, None].to(tl.int64) * L + l[None, :], x.to(out.dtype.element_ty), mask=inside)
 
 
