@@ -64,6 +64,17 @@ def fold(config: KimiLinearConfig, weights: LayerWeights, seam: Seam, s: Tensor)
     return weights
 
 
+def fold_experts(config: KimiLinearConfig, weights: LayerWeights, seam: Seam, s: Tensor, experts: slice) -> None:
+    """`fold` for some experts of a seam between stacks, with their scales [E, K], in place."""
+    paths = (seam.producer, *seam.consumers)
+    part = weights
+    for path in paths:
+        part = put(part, path, get(weights, path)[experts])
+    part = fold(config, part, seam, s)
+    for path in paths:
+        get(weights, path)[experts] = get(part, path)
+
+
 def producer_scale(config: KimiLinearConfig, seam: Seam, s: Tensor) -> Tensor:
     """What the producer is divided by, in a shape that broadcasts to it."""
     match seam.kind:
