@@ -274,6 +274,8 @@ def test_experts_that_see_no_token_are_quantized_named_and_counted(copied, tmp_p
     log = Log()
     run(copied, tmp_path / "again", watcher=log)
     assert len(log.summaries[2].fallbacks) == 3
+    rounded = run(copied, tmp_path / "rounded", recipe(RULES.replace("gptq", "rtn", 1)))
+    assert rounded["tensors"][W1.format(2)]["tokens"] == 0 and rounded["fallbacks"] == []
 
 
 def test_text_is_drawn_until_the_experts_are_covered(model, tmp_path):
