@@ -74,7 +74,7 @@ def search_groups(
 def search(
     w: Tensor, spec: WeightSpec, weight: Tensor | None, shrink: list[float]
 ) -> tuple[Tensor, Tensor | None] | None:
-    """`klquant.quantize.rtn._search` for w [B, N, G, width] and weight [B, 1, G, width]; no zeros when symmetric.
+    """`klquant.quantize.rtn._search` for w [B, N, G, width] and weight [B, 1, G, width].
 
     None when a group is too long for the registers.
     """
