@@ -15,6 +15,7 @@ from klquant.core.grid import SCALE_DTYPE, Quantized
 from klquant.core.spec import WeightSpec
 from klquant.quantize import kernels
 from klquant.quantize.factor import inverse_factor, permute_both, solve_systems
+from klquant.quantize.hessian import weigh_unseen
 from klquant.quantize.rtn import fit_scales
 
 BLOCK = 128
@@ -64,6 +65,7 @@ def gptq(
     scale, zero = fit_scales(w, spec, importance_K=diagonal + damp * diagonal.mean(-1, keepdim=True))
     ordered = ordered or put_in_order(h, damp)
     best = Quantized(spec, sweep(w, ordered, scale, zero, spec), scale, zero)
+    h = weigh_unseen(h, damp)
     for _ in range(rounds):
         best = descend(w, h, refit_scales(w, h, best))
     return GPTQResult(best, ordered.damp.expand(w.shape[0]))

@@ -116,15 +116,16 @@ def test_what_no_damping_makes_positive_is_an_error():
         gptq(w, h, WeightSpec(bits=4, group_size=32), damp=DAMP, rounds=0)
 
 
-def test_inputs_never_seen_do_no_harm():
-    """Channels that were always zero keep their range, and the others are not disturbed."""
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_inputs_never_seen_do_no_harm(bits):
+    """Channels that were always zero are rounded about as well as by RTN, and the others better."""
     w, h = problem(8)
     h[:, 10:20], h[:, :, 10:20] = 0, 0
     w[..., 12] *= 3  # an unseen input with the largest weights of its group
-    result = gptq(w, h, WeightSpec(bits=8, group_size=32), damp=DAMP, rounds=3)
-    # The search for scales tries ranges down to 0.9 of the full one; an unseen input may lose no more than that.
-    assert float((result.quantized.decode() - w)[..., 10:20].abs().max()) < 0.11 * float(w[..., 10:20].abs().max())
-    assert float((loss(w, h, result) / layer_loss(w, h)).max()) < 1e-3
+    spec = WeightSpec(bits=bits, group_size=32)
+    ours, plain = (w - q.decode() for q in (gptq(w, h, spec, damp=DAMP, rounds=3).quantized, rtn(w, spec)))
+    assert float(ours[..., 10:20].abs().max()) < 1.5 * float(plain[..., 10:20].abs().max())
+    assert bool((layer_loss(ours, h) < layer_loss(plain, h)).all())
 
 
 @pytest.mark.parametrize("step", [refit_scales, descend])
