@@ -11,7 +11,7 @@ from torch import Tensor
 from klquant.calibrate.folding import Seam, consumer_scale, fold, fold_experts, producer_scale
 from klquant.calibrate.paths import get, is_stack, tensor_names
 from klquant.quantize.awq import Consumer, search_scale
-from klquant.quantize.hessian import Moments
+from klquant.quantize.hessian import Moments, weigh_unseen
 
 if TYPE_CHECKING:
     from klquant.calibrate.walk import LayerWalk
@@ -29,12 +29,14 @@ def rescale(
     if all(d.algorithm != "awq" for d in decisions.values()):
         return moments, None
     rows = experts or slice(None)
+    # Where nothing was seen any scale would do, even one that rounds the column to nought: it counts as the mean input.
+    h = weigh_unseen(moments.hh, 1.0)
     consumers = []
     for path, decision in decisions.items():
         w = get(walk.exact, path)
         w = w[rows] if is_stack(path) else w[None]
-        consumers.append(Consumer(w.float(), moments.hh, decision.spec))
-    activity = moments.hh.diagonal(dim1=-2, dim2=-1).sqrt()
+        consumers.append(Consumer(w.float(), h, decision.spec))
+    activity = h.diagonal(dim1=-2, dim2=-1).sqrt()
     if seam.kind == "tiled":
         activity = activity.view(-1, walk.config.kda_dim).square().mean(0).sqrt()
     scale = search_scale(consumers, activity, walk.recipe.awq.grid, partial(consumer_scale, walk.config, seam))

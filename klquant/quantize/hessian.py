@@ -129,8 +129,8 @@ def shrink_(mean_EKK: Tensor, count_E: Tensor, prior_KK: Tensor, tau: float) -> 
     return mean_EKK.mul_(share).add_(prior_KK * (1 - share))
 
 
-def weigh_unseen(h_EKK: Tensor, damp: float) -> Tensor:
-    """H with damp · mean(diag H) on the diagonal of inputs that calibration never saw; H itself when it saw them all.
+def weigh_unseen(h_EKK: Tensor, share: float) -> Tensor:
+    """H with share · mean(diag H) on the diagonal of inputs that calibration never saw; H itself when it saw them all.
 
     Without a weight of their own such inputs would be free to lose their values to whatever serves the others.
     """
@@ -139,7 +139,7 @@ def weigh_unseen(h_EKK: Tensor, damp: float) -> Tensor:
     unseen = diagonal < UNSEEN * level
     if not bool(unseen.any()):
         return h_EKK
-    return h_EKK + torch.diag_embed(unseen * (damp * level))
+    return h_EKK + torch.diag_embed(unseen * (share * level))
 
 
 def corrected_target(

@@ -15,8 +15,10 @@ from klquant.checkpoint.index import read_json
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.verify import verify
+from klquant.core.spec import WeightSpec
 from klquant.errors import UserError
 from klquant.pipeline.report import Silent, UnitDone
+from klquant.quantize.rtn import rtn
 from tests.pipeline.build import ROUND, RULES, TEXT, digests, recipe, run, unfinished, weights
 from tests.recipe.build import WIDE
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tensors, write_checkpoint
@@ -276,6 +278,24 @@ def test_experts_that_see_no_token_are_quantized_named_and_counted(copied, tmp_p
     assert len(log.summaries[2].fallbacks) == 3
     rounded = run(copied, tmp_path / "rounded", recipe(RULES.replace("gptq", "rtn", 1)))
     assert rounded["tensors"][W1.format(2)]["tokens"] == 0 and rounded["fallbacks"] == []
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+def test_inputs_that_calibration_never_saw_keep_their_weights(copied, tmp_path, algorithm):
+    """About as well as RTN does, but for the length that AWQ's scale may give the column."""
+    norm, name = (f"model.layers.0.{x}.weight" for x in ("input_layernorm", "self_attn.q_proj"))
+    level = torch.logspace(-2, 1, 64)
+    level[10] = 0
+    change(copied, norm, lambda w: (w * level).to(w.dtype))
+    rules = f"\n  - {{tensors: kda_proj, weights: {{bits: 8, group_size: 32}}, algorithm: {algorithm}, why: w}}\n"
+    run(copied, tmp_path / "out", recipe(rules, gptq="refine_rounds: 2"))
+    exact, found = (
+        reader.open(folder).weight(name, torch.float32)
+        for reader, folder in ((CheckpointReader, copied), (QuantizedReader, tmp_path / "out"))
+    )
+    rounded = rtn(exact, WeightSpec(bits=8, group_size=32)).decode()
+    lost, by_rounding = (1 - torch.cosine_similarity(exact.double(), w.double(), dim=0)[10] for w in (found, rounded))
+    assert lost < 1.5 * by_rounding
 
 
 def test_text_is_drawn_until_the_experts_are_covered(model, tmp_path):
