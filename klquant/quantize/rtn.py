@@ -30,8 +30,8 @@ def rtn(w_NK: Tensor, spec: WeightSpec, *, importance_K: Tensor | None = None) -
 def fit_scales(w_NK: Tensor, spec: WeightSpec, *, importance_K: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Scales [..., N, G] (and int8 zero points, if asymmetric) that minimize Σ_k importance_k (w_k − ŵ_k)².
 
-    The range of each group is shrunk by each factor of `SHRINK`; the scale is rounded to its stored dtype before the
-    error is measured. `importance_K` [..., K] is usually the diagonal of the Hessian; None weighs inputs alike.
+    The range of each group is shrunk at both ends by each factor of `SHRINK`; the scale is rounded to its stored dtype
+    before the error is measured. `importance_K` [..., K] is usually the diagonal of the Hessian; None: all alike.
     """
     lead, (n, k) = w_NK.shape[:-2], w_NK.shape[-2:]
     groups, width = spec.groups(k), spec.width(k)
@@ -73,7 +73,7 @@ def _search(w: Tensor, spec: WeightSpec, weight: Tensor | None) -> tuple[Tensor,
         if spec.symmetric:
             buffer.round_().clamp_(spec.qmin, spec.qmax).mul_(step)
         else:
-            zero = (spec.qmin - low / scale.float()).round().clamp(spec.qmin, spec.qmax)
+            zero = (spec.qmin - low * factor / scale.float()).round().clamp(spec.qmin, spec.qmax)
             shift = zero.unsqueeze(-1)
             buffer.round_().add_(shift).clamp_(spec.qmin, spec.qmax).sub_(shift).mul_(step)
             zero = zero.to(torch.int8)
