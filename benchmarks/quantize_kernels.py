@@ -97,7 +97,7 @@ def _stages(w, h) -> dict[str, Callable]:
     return {
         "scale search": lambda: rtn.fit_scales(w, SPEC, importance_K=diagonal),
         "sweep, factor included": lambda: stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC),
-        "refit of scales": lambda: stages.refit_scales(w, h, q, q.scale),
+        "refit of scales": lambda: stages.refit_scales(w, h, q),
         "descent, one round": lambda: stages.descend(w, h, q),
         "gptq, three rounds": lambda: stages.gptq(w, h, SPEC, damp=0.01, rounds=3),
     }
@@ -155,7 +155,7 @@ def _check(w, h) -> list[str]:
     jobs = {
         "scales": lambda: rtn.rtn(w, SPEC, importance_K=diagonal),
         "sweep": lambda: Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC), scale, zero),
-        "refit": lambda: stages.refit_scales(w, h, start, start.scale),
+        "refit": lambda: stages.refit_scales(w, h, start),
         "descent": lambda: stages.descend(w, h, start),
         "gptq": lambda: stages.gptq(w, h, SPEC, damp=0.01, rounds=3).quantized,
     }

@@ -67,7 +67,7 @@ def gptq(
     best = Quantized(spec, sweep(w, ordered, scale, zero, spec), scale, zero)
     h = weigh_unseen(h, damp)
     for _ in range(rounds):
-        best = descend(w, h, refit_scales(w, h, best, scale))
+        best = descend(w, h, refit_scales(w, h, best))
     return GPTQResult(best, ordered.damp.expand(w.shape[0]))
 
 
@@ -115,16 +115,15 @@ def _round_columns(
     return torch.take_along_dim(codes, back, dim=-2).mT.contiguous()
 
 
-def refit_scales(w_ENK: Tensor, h_EKK: Tensor, q: Quantized, searched_ENG: Tensor) -> Quantized:
+def refit_scales(w_ENK: Tensor, h_EKK: Tensor, q: Quantized) -> Quantized:
     """Scales that minimize the loss given the codes, one small least-squares system a row; kept only where they help.
 
-    They stay within a factor of two of what the search found, `searched`.
     Row by row min_s (w − Σ_g s_g c_g) H (…)ᵀ has the normal equations A s = b, A_gg' = c_g H c_g'ᵀ, b_g = c_g H wᵀ.
     """
     if kernels.serve(w_ENK):
         from klquant.quantize.kernels import scales
 
-        return scales.refit_scales(w_ENK, h_EKK, q, searched_ENG)
+        return scales.refit_scales(w_ENK, h_EKK, q)
     spec, k = q.spec, w_ENK.shape[-1]
     groups, width = spec.groups(k), spec.width(k)
     steps = q.codes.float() if q.zero is None else (q.codes.unflatten(-1, (groups, width)).float()
@@ -141,9 +140,9 @@ def refit_scales(w_ENK: Tensor, h_EKK: Tensor, q: Quantized, searched_ENG: Tenso
     fitted, info = solve_systems(a, b.unsqueeze(-1))
     fitted = fitted.squeeze(-1)
     usable = (info == 0).unsqueeze(-1) & torch.isfinite(fitted) & (fitted > 0)
-    # A scale far from the one searched for belongs to a group with hardly any code; leave it alone.
-    old, searched = q.scale.float(), searched_ENG.float()
-    usable &= (fitted < 2 * searched) & (fitted > 0.5 * searched)
+    # A scale far from the one the codes were made for belongs to a group with hardly any code; leave it alone.
+    old = q.scale.float()
+    usable &= (fitted < 2 * old) & (fitted > 0.5 * old)
     candidate = replace(q, scale=torch.where(usable, fitted, old).to(SCALE_DTYPE))
     return _better_rows(w_ENK, h_EKK, candidate, q)
 

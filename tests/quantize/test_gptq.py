@@ -128,25 +128,13 @@ def test_inputs_never_seen_do_no_harm(bits):
     assert bool((layer_loss(ours, h) < layer_loss(plain, h)).all())
 
 
-def refit(w, h, q):
-    return refit_scales(w, h, q, q.scale)
-
-
-@pytest.mark.parametrize("step", [refit, descend])
+@pytest.mark.parametrize("step", [refit_scales, descend])
 def test_refinements_never_raise_any_rows_loss(step):
     w, h = problem(9)
     for spec in (WeightSpec(bits=3, group_size=32), WeightSpec(bits=4, group_size=32, symmetric=False)):
         q = rtn(w, spec)
         before, after = (((d @ h) * d).sum(-1) for d in (w - q.decode(), w - step(w, h, q).decode()))
         assert bool((after <= before).all()) and float(after.sum() / before.sum()) < 0.99
-
-
-def test_scales_stay_near_what_the_search_found_however_often_they_are_refit():
-    w, h = problem(3)
-    spec = WeightSpec(bits=3, group_size=32)
-    searched, refitted = (gptq(w, h, spec, damp=DAMP, rounds=rounds).quantized.scale.float() for rounds in (0, 4))
-    assert not torch.equal(searched, refitted)
-    assert bool(((refitted >= searched / 2) & (refitted <= searched * 2)).all())
 
 
 def test_an_exact_weight_stays_exact():
@@ -163,5 +151,5 @@ def test_one_thread_at_a_time_solves_for_scales(monkeypatch):
     q = rtn(w, WeightSpec(bits=4, group_size=32))
     solved = torch.ones(E, N, 5, 1), torch.zeros(E, N, dtype=torch.int32)
     monkeypatch.setattr(torch.linalg, "solve_ex", alone := Alone(solved))
-    in_threads(lambda: refit_scales(w, h, q, q.scale))
+    in_threads(lambda: refit_scales(w, h, q))
     assert alone.most == 1

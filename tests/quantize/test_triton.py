@@ -127,7 +127,7 @@ def test_each_stage_is_the_plain_one(shape, spec):
     assert (got != want).float().mean() < 1e-3
     stages = [
         lambda: sweep(w, put_in_order(h, 0.01), q.scale, q.zero, spec),
-        lambda: refit_scales(w, h, q, q.scale),
+        lambda: refit_scales(w, h, q),
         lambda: descend(w, h, q),
     ]
     for stage in stages:

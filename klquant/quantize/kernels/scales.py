@@ -139,7 +139,7 @@ def normal_equations(
         tl.store(a + (out * groups + other) * groups + g, total, mask=rows < n)
 
 
-def refit_scales(w_ENK: Tensor, h_EKK: Tensor, q: Quantized, searched_ENG: Tensor) -> Quantized:
+def refit_scales(w_ENK: Tensor, h_EKK: Tensor, q: Quantized) -> Quantized:
     """`klquant.quantize.gptq.refit_scales`, solved for the change of the scales: A δ = c·(w − ŵ) H, s = s_old + δ.
 
     What a change does to a row's loss is then −2 bᵀδ + δᵀA δ, without forming another product with H.
@@ -148,11 +148,11 @@ def refit_scales(w_ENK: Tensor, h_EKK: Tensor, q: Quantized, searched_ENG: Tenso
     h_EKK = h_EKK.expand(w_ENK.shape[0], -1, -1)
     for part in batches(w_ENK.shape[0]):
         old = replace(q, codes=q.codes[part], scale=q.scale[part], zero=None if q.zero is None else q.zero[part])
-        scale[part] = _refit(w_ENK[part], h_EKK[part], old, searched_ENG[part].float())
+        scale[part] = _refit(w_ENK[part], h_EKK[part], old)
     return replace(q, scale=scale)
 
 
-def _refit(w_ENK: Tensor, h_EKK: Tensor, q: Quantized, searched_ENG: Tensor) -> Tensor:
+def _refit(w_ENK: Tensor, h_EKK: Tensor, q: Quantized) -> Tensor:
     groups, width, old = q.scale.shape[-1], q.codes.shape[-1] // q.scale.shape[-1], q.scale.float()
     steps = q.codes.unflatten(-1, (groups, width)).float()
     if q.zero is not None:
@@ -166,7 +166,7 @@ def _refit(w_ENK: Tensor, h_EKK: Tensor, q: Quantized, searched_ENG: Tensor) -> 
     delta, info = solve_systems(a, (b - ridge * old).unsqueeze(-1))
     fitted = old + delta.squeeze(-1)
     usable = (info == 0).unsqueeze(-1) & torch.isfinite(fitted) & (fitted > 0)
-    usable &= (fitted < 2 * searched_ENG) & (fitted > 0.5 * searched_ENG)
+    usable &= (fitted < 2 * old) & (fitted > 0.5 * old)
     fitted = torch.where(usable, fitted, old).to(SCALE_DTYPE)
     move = fitted.float() - old
     diagonal -= ridge
