@@ -11,6 +11,8 @@ Tokens are the minor side, 8 at least: a product with one token costs 8, and is 
 unpacking to FP32 for FMAs.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -20,6 +22,17 @@ BRICK = tl.constexpr(512)  # words
 _AND_OR = "0xEA"  # lop3: (a & b) | c
 _ANDN_OR = "0xAE"  # lop3: (~a & b) | c
 _AND_XOR = "0x6A"  # lop3: (a & b) ^ c
+
+
+class Weight(NamedTuple):
+    """Of a `layout.Packed`, what a kernel reads: pointers or None, and counts along K."""
+
+    words: tl.tensor
+    high: tl.tensor | None
+    scale: tl.tensor | None
+    zero: tl.tensor | None
+    bricks: tl.tensor
+    groups: tl.tensor
 
 
 @triton.constexpr_function
@@ -180,7 +193,7 @@ def accumulate(
 
 @triton.jit
 def tile_product(
-    x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
+    x, tokens, w, first_row, start, stop,
     BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
     SCALED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -191,8 +204,8 @@ def tile_product(
     if SPLIT == 1:
         INPUTS: tl.constexpr = CHUNK * fields(BITS)
         n = first_row + tl.arange(0, BN)
-        row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
-        group_row = (n // ROWS) * groups * ROWS + n % ROWS
+        row = (n // ROWS) * w.bricks * BRICK + (n % ROWS) * CHUNK
+        group_row = (n // ROWS) * w.groups * ROWS + n % ROWS
         j = tl.arange(0, CHUNK)
         acc = tl.zeros([BN, BM], tl.float32)
         w_at = row[:, None] + j[None, :]
@@ -200,30 +213,27 @@ def tile_product(
         for brick in tl.range(start, stop, num_stages=STAGES):
             at = w_at + brick * BRICK
             acc = accumulate(
-                acc, x_at + brick * INPUTS, tokens[None, :], words + at, high + at if BITS == 3 else None, None,
-                scale, zero, group_row, brick, BITS, GROUP, SCALED, PTX,
+                acc, x_at + brick * INPUTS, tokens[None, :], w.words + at, w.high + at if BITS == 3 else None,
+                None, w.scale, w.zero, group_row, brick, BITS, GROUP, SCALED, PTX,
             )  # fmt: skip
         return acc
     else:
         parts = tl.zeros([SPLIT, BN, BM], tl.float32)
-        parts = split_product(
-            parts, x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
-            BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
-        )  # fmt: skip
+        parts = split_product(parts, x, tokens, w, first_row, start, stop, BITS, GROUP, BN, SPLIT, STAGES, PTX)
         return tl.sum(parts, 0)
 
 
 @triton.jit
 def split_product(
-    parts, x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    parts, x, tokens, w, first_row, start, stop,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """parts [SPLIT, BN, BM] plus a tile's product as in `tile_product`, its bricks dealt out to the warps in turn."""
     INPUTS: tl.constexpr = CHUNK * fields(BITS)
     n = first_row + tl.arange(0, BN)
-    row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
-    group_row = (n // ROWS) * groups * ROWS + n % ROWS
+    row = (n // ROWS) * w.bricks * BRICK + (n % ROWS) * CHUNK
+    group_row = (n // ROWS) * w.groups * ROWS + n % ROWS
     j = tl.arange(0, CHUNK)
     s = tl.arange(0, SPLIT)
     w_at = (row[:, None] + j[None, :])[None, :, :] + (s * BRICK)[:, None, None]
@@ -235,8 +245,8 @@ def split_product(
         # A brick past the end reads the last one's scales: what they multiply is 0.
         inside = tl.minimum(brick, stop - 1)[:, None]
         parts = accumulate(
-            parts, x_at + first * INPUTS, tokens[None, None, :] & lives[:, None, None], words + at,
-            high + at if BITS == 3 else None, lives[:, None, None], scale, zero, group_row[None, :], inside,
+            parts, x_at + first * INPUTS, tokens[None, None, :] & lives[:, None, None], w.words + at,
+            w.high + at if BITS == 3 else None, lives[:, None, None], w.scale, w.zero, group_row[None, :], inside,
             BITS, GROUP, False, PTX,
         )  # fmt: skip
     return parts
