@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
+from klquant.cli.calibration import with_calibration
 from klquant.cli.main import Failure
-from klquant.cli.quantize import _with_calibration
 from klquant.cli.report import require_plots, write_report
 from klquant.errors import UserError
 from klquant.evaluate.options import BaselineMethod, DtypeName, EvalOptions
@@ -63,7 +63,7 @@ def command(
     The reference runs once. The same command goes on where it was stopped, and with more recipes adds to what is there.
     """
     require_plots()
-    chosen = [_with_calibration(recipe, calib_tokens, calib_window) for recipe in _recipes(recipes)]
+    chosen = [with_calibration(recipe, calib_tokens, calib_window) for recipe in _recipes(recipes)]
     methods = _methods(baselines)
 
     from klquant.checkpoint.hub import resolve_model
