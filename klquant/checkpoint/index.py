@@ -19,6 +19,7 @@ from klquant.errors import UserError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PROVENANCE = "klquant.json"  # how klquant made a checkpoint, and the hashes of its shards
 DESCRIPTIONS = ("tensors.json", "tensors.json.gz")
 MAX_JSON = 200_000_000  # bytes; the 48B checkpoint's index has 2 MB
 FLOATS = ("BF16", "F16", "F32")

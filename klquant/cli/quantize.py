@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from klquant.checkpoint.index import PROVENANCE
 from klquant.cli.calibration import with_calibration
 from klquant.cli.main import Failure
 from klquant.cli.spell import Size
@@ -61,7 +62,7 @@ def command(
     --resume goes on from the last finished layer and ends with the same bytes.
     """
     chosen = with_calibration(load_recipe(recipe), calib_tokens, window)
-    if resume and (out / "klquant.json").exists():
+    if resume and (out / PROVENANCE).exists():
         raise UserError(f"{out}: is finished already; `klquant verify {out}` tells whether it is whole")
 
     from klquant.checkpoint.hub import resolve_model

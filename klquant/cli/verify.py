@@ -21,8 +21,9 @@ def command(folder: Path) -> None:
         hint = f"; {unfinished} is a run to go on with: klquant quantize … --resume" if unfinished.is_dir() else ""
         raise UserError(f"{folder}: no such folder{hint}")
 
+    from klquant.checkpoint.index import PROVENANCE
     from klquant.checkpoint.reader import CheckpointReader
-    from klquant.checkpoint.verify import PROVENANCE, verify
+    from klquant.checkpoint.verify import verify
     from klquant.cli.render import console, decimal
 
     with console().status("reading every tensor"):
