@@ -144,13 +144,12 @@ class QuantizedReader:
         self.check_values(f"{module}.weight_shape", tensors[f"{module}.weight_shape"])
         return decompress(tensors, spec)
 
-    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor by its full hub name, dequantized where needed, converted to `dtype`."""
+    def weight(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor by its full hub name, checked, dequantized where needed and converted to `dtype` on `device`."""
         module = name.removesuffix(".weight")
         if self.spec(module) is None:
-            return self.files.weight(name, dtype)
-        weight = self.quantized(module)
-        return weight.decode(weight.scale.dtype).to(dtype)
+            return self.files.weight(name, dtype, device)
+        return self.quantized(module, device).values().to(dtype)
 
     def check_values(self, name: str, tensor: Tensor) -> None:
         """Raises UserError naming the tensor when its values cannot be right: NaN, a scale ≤ 0, another weight_shape.

@@ -74,9 +74,9 @@ class CheckpointReader:
             _fill(info, part, start)
             yield part.view(DTYPES[info.dtype])
 
-    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor converted to `dtype`. Raises UserError when a value is NaN or infinite."""
-        tensor = self.read(name)
+    def weight(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor on `device`, converted to `dtype` there. Raises UserError when a value is NaN or infinite."""
+        tensor = self.read(name).to(device)
         self.require_finite(name, tensor)
         return tensor.to(dtype)
 

@@ -167,8 +167,7 @@ def bitsandbytes():
 
 
 def _rtn(w_NK: Tensor, spec: WeightSpec) -> Tensor:
-    weight = rtn(w_NK, spec)
-    return weight.decode(weight.scale.dtype)
+    return rtn(w_NK, spec).values()
 
 
 def _nf4(functions, w_NK: Tensor, double: bool) -> Tensor:
