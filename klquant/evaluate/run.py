@@ -14,7 +14,7 @@ from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.writer import write_json
 from klquant.core.versions import versions
 from klquant.errors import UserError
-from klquant.evaluate.baselines import BaselineModel, require_16_bits
+from klquant.evaluate.baselines import BaselineModel
 from klquant.evaluate.options import EvalOptions, Silent, StoreKind, Watcher
 from klquant.evaluate.passes import DTYPES, Passes
 from klquant.evaluate.quantization import calibrated_on, quantization
@@ -49,7 +49,7 @@ def evaluate(
     if baseline is None:
         ours, theirs = open_model(model), None if against is None else open_model(against)
         if theirs is not None:
-            require_16_bits(theirs)
+            theirs.files.require_16_bits()
         source, checkpoint = DeviceSource(ours, device), describe(ours, model)
         made, notes = made_of(ours)
     else:
