@@ -185,6 +185,19 @@ class Sweep:
         with Bar() as bar:
             return evaluate(self.model, None, file, self.judging, bar, baseline)
 
+    def _require_text(self) -> None:
+        """Raises UserError where text is missing or too short to evaluate on: the folder would be bound to it."""
+        from klquant.calibrate.documents import resolve_sources
+        from klquant.calibrate.text import SELF
+        from klquant.calibrate.tokenizer import load_tokenizer
+        from klquant.evaluate.text import eval_text
+
+        judging = self.judging
+        eval_text(judging.data, load_tokenizer(self.model), windows=judging.windows, window=judging.window)
+        if self.making.calib not in (None, SELF):
+            for source in resolve_sources(self.making.calib, seed=0):
+                next(source.open(), None)
+
     def _claim(self) -> None:
         """Make the folder, or find it as it was left. Raises UserError when it is another sweep's, or a checkpoint."""
         from klquant.checkpoint.index import CONFIG, read_json
@@ -198,18 +211,27 @@ class Sweep:
         file = self.out / SETTINGS
         if (self.out / CONFIG).exists():
             raise UserError(f"{self.out}: is a checkpoint; choose another folder for the sweep")
-        try:
-            for part in (MODELS, RESULTS):
-                (self.out / part).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.out}: cannot be created: {error.strerror}; choose another folder") from None
         theirs = read_json(file) if file.exists() else ours
-        changed = [key for key in ours if theirs.get(key) != ours[key]]
+        changed = [
+            "other weights" if key == "weights" else f"--{key} was {_given(theirs.get(key))}, now {_given(ours[key])}"
+            for key in ours
+            if theirs.get(key) != ours[key]
+        ]
         if changed:
             raise UserError(
-                f"{self.out}: a sweep with other {', '.join(changed)} is there; repeat it so, or choose another folder"
+                f"{self.out}: another sweep is there ({'; '.join(changed)}); repeat it so, or choose another folder"
             )
-        write_json(file, ours)
+        try:
+            if not file.exists():
+                if self.out.exists() and any(self.out.iterdir()):
+                    raise UserError(f"{self.out}: is neither empty nor a sweep's; choose another folder")
+                self._require_text()
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_json(file, ours)
+            for part in (MODELS, RESULTS):
+                (self.out / part).mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.out}: cannot be created: {error.strerror}; choose another folder") from None
 
     def _require_room(self, plans: Iterable["Plan"]) -> None:
         todo = [plan for plan in plans if not self._folder(plan).exists()]
@@ -232,6 +254,10 @@ class Sweep:
 
     def _result(self, plan: "Plan") -> Path:
         return self.out / RESULTS / f"{plan.recipe.name}.json"
+
+
+def _given(value: object) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _found(file: Path, fingerprint: str) -> "Result | None":
