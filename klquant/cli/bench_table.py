@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console, decimal, tokens
+from klquant.cli.render import console, tokens
+from klquant.core.units import decimal
 from klquant.recipe.memory import GIB
 
 if TYPE_CHECKING:

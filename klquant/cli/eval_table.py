@@ -8,7 +8,8 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console, decimal
+from klquant.cli.render import console
+from klquant.core.units import decimal
 from klquant.evaluate.result import Interval, Quality, Result
 from klquant.evaluate.tasks.record import TaskScore
 

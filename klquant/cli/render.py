@@ -9,6 +9,7 @@ from rich.text import Text
 
 from klquant.checkpoint.names import TensorClass
 from klquant.core.spec import WHOLE_ROW
+from klquant.core.units import decimal
 from klquant.recipe.memory import GIB, Memory
 from klquant.recipe.plan import Plan
 from klquant.recipe.rows import Row, plan_rows, spell_layers
@@ -21,16 +22,6 @@ WIDE = 130  # columns from which reasons stand beside their row instead of below
 def console() -> Console:
     """stdout: the terminal's width, or PIPE_WIDTH where there is none."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-
-
-def decimal(nbytes: int) -> str:
-    """Bytes on disk, in decimal units with three digits: 24.3 GB."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007
-        if value < 999.5:
-            break
-        value /= 1000
-    return f"{nbytes} B" if unit == "B" else f"{value:#.3g}".rstrip(".") + f" {unit}"
 
 
 def count(number: int) -> str:

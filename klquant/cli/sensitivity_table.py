@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console, count, decimal
+from klquant.cli.render import console, count
+from klquant.core.units import decimal
 from klquant.evaluate.result import Quality
 from klquant.evaluate.sensitivity_result import Entry, Sensitivity
 

@@ -12,6 +12,7 @@ import click
 from klquant.cli.main import Failure
 from klquant.cli.quantize import _with_calibration
 from klquant.cli.report import require_plots, write_report
+from klquant.core.units import decimal
 from klquant.errors import UserError
 from klquant.evaluate.options import BaselineMethod, DtypeName, EvalOptions
 from klquant.recipe.schema import Recipe, load_recipe
@@ -240,7 +241,7 @@ class Sweep:
         have = shutil.disk_usage(self.out).free + done
         if have < need:
             raise UserError(
-                f"{self.out}: the {len(todo)} variants to make take {need / 1e9:.1f} GB, but only {have / 1e9:.1f} GB "
+                f"{self.out}: the {len(todo)} variants to make take {decimal(need)}, but only {decimal(have)} "
                 "are free; free disk space or sweep fewer recipes"
             )
 
@@ -272,8 +273,6 @@ def _found(file: Path, fingerprint: str) -> "Result | None":
 
 
 def _line(result: "Result") -> str:
-    from klquant.cli.render import decimal
-
     q, size = result.overall, result.model.size
     return (
         f"{decimal(size.disk)}, {size.bits.whole:.2f} bits a weight; KLD {q.kld.mean:.4f}, "

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from klquant.core.units import decimal
 from klquant.evaluate.result import Interval, MemoryAt, Quality
 from klquant.recipe.memory import CARDS
 from klquant.report.comparison import Choice, Comparison, Variant
-from klquant.report.spell import change, context, decimals, disk, memory_unit, times
+from klquant.report.spell import change, context, decimals, memory_unit, times
 from klquant.report.table import Cell, Row, Table
 
 Unit = tuple[int, str]
@@ -41,7 +42,7 @@ def summary_table(c: Comparison) -> Table:
     for v in c.variants:
         q, size = v.result.overall, v.result.model.size
         cells = [
-            Cell(disk(size.disk), f"{c.reference.checkpoint.size.disk / size.disk:.2f} × less"),
+            Cell(decimal(size.disk), f"{c.reference.checkpoint.size.disk / size.disk:.2f} × less"),
             Cell(f"{q.kld.mean:.{places}f}", half_range(q.kld, places)),
             Cell(share(q.top1.mean, 1), half_range(q.top1, 1, 100)),
             _change(q.perplexity_ratio),
@@ -176,7 +177,7 @@ def _quality(q: Quality, places: int) -> tuple[Cell, ...]:
 def _size(c: Comparison, size) -> tuple[Cell, ...]:
     bits = size.bits
     share = Cell(f"{100 * size.disk / c.reference.checkpoint.size.disk:.1f} %")
-    return (Cell(disk(size.disk)), share, *(Cell(f"{b:.2f}") for b in (bits.routed_experts, bits.always_active,
+    return (Cell(decimal(size.disk)), share, *(Cell(f"{b:.2f}") for b in (bits.routed_experts, bits.always_active,
                                                                        bits.whole)))  # fmt: skip
 
 
