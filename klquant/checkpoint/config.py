@@ -132,6 +132,8 @@ class KimiLinearConfig:
             raise UserError(f"{where}: num_experts_per_token {config.top_k} exceeds num_experts {config.num_experts}")
         if config.num_experts % config.num_groups:
             raise UserError(f"{where}: num_expert_group {config.num_groups} does not divide num_experts")
+        if config.topk_group > config.num_groups:
+            raise UserError(f"{where}: topk_group {config.topk_group} exceeds num_expert_group {config.num_groups}")
         bad = [i for i in (config.bos_id, config.pad_id, *config.eos_ids) if not 0 <= i < config.vocab_size]
         if bad:
             raise UserError(f"{where}: special token id {bad[0]!r} is outside the vocabulary of {config.vocab_size}")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from math import isnan
 from pathlib import Path
 from typing import get_args
 
@@ -47,6 +48,8 @@ def command(
     """
     if recipe is not None and quantized is not None:
         raise click.UsageError("--recipe and --quantized exclude each other")
+    if minutes is not None and isnan(minutes):
+        raise click.UsageError("--minutes is no number of minutes; leave it out for all parts")
     quantizer = quantized or load_recipe(recipe or DEFAULT_RECIPE)
     from klquant.checkpoint.hub import resolve_model
     from klquant.cli.eval_table import Bar
