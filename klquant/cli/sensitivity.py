@@ -29,7 +29,8 @@ _DEFAULT = EvalOptions()
               help="Windows a domain.")  # fmt: skip
 @click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, show_default=True,
               help="Tokens a window.")  # fmt: skip
-@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option("--device", "--devices", metavar="cpu|cuda|cuda:N",
+              help="Where to compute.  [default: cuda, or cpu without a GPU]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(get_args(DtypeName)),
               help="Arithmetic.  [default: bfloat16 on a GPU, float32 on a CPU]")  # fmt: skip
 @click.option("--reference-cache", type=click.Path(path_type=Path), metavar="FOLDER",

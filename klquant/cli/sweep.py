@@ -52,7 +52,8 @@ BASELINE = "baseline-"  # before the names of baselines' results
 @click.option("--windows", type=click.IntRange(1), default=_EVAL.windows, show_default=True, help="Windows a domain.")
 @click.option("--window", type=click.IntRange(2), default=_EVAL.window, show_default=True,
               help="Tokens an evaluated window.")  # fmt: skip
-@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option("--device", "--devices", metavar="cpu|cuda|cuda:N",
+              help="Where to compute.  [default: cuda, or cpu without a GPU]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(get_args(DtypeName)), help="Evaluation's arithmetic.  [default: by device]")
 def command(
     model: str, out: Path, recipes: str, baselines: str, target: str, calib: tuple[str, ...],

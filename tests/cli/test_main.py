@@ -55,6 +55,19 @@ def test_an_interrupt_is_one_line_and_exit_130(fail):
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "klquant: interrupted\n")
 
 
+def test_an_interrupt_while_the_first_modules_are_imported():
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from klquant.__main__ import run; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "klquant: interrupted\n")
+
+
 def test_a_bug_keeps_its_traceback(fail):
     fail(ZeroDivisionError())
     assert isinstance(run("fail").exception, ZeroDivisionError)
@@ -85,6 +98,13 @@ def test_a_terminal_that_knows_few_characters_gets_others():
         capture_output=True, text=True, encoding="ascii", env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "") and " ? " in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(closed):
+    command = f'"{sys.executable}" -m klquant.cli.main plan "{DEMO}" --recipe int4 {closed}'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_wrong_command_line_is_one_line_that_names_the_help(fail):
