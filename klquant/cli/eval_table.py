@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console
+from klquant.cli.render import console, print_table
 from klquant.core.units import decimal
 from klquant.evaluate.result import Interval, Quality, Result
 from klquant.evaluate.tasks.record import TaskScore
@@ -66,12 +66,12 @@ def print_result(result: Result, path: Path) -> None:
             f"against {result.reference.checkpoint.name}, {result.reference.arithmetic.dtype} on "
             f"{result.reference.arithmetic.device}", style="dim", overflow="fold"))  # fmt: skip
     out.print()
-    out.print(_table(result))
+    print_table(out, _table(result))
     if result.reference is not None:
         out.print(Text("KLD in nats a token; ± 95 % over windows.", style="dim"))
     if result.tasks:
         out.print()
-        out.print(_task_table(result.tasks))
+        print_table(out, _task_table(result.tasks))
         out.print(Text("± one standard error; of a change, that of the items' differences.", style="dim"))
     out.print(Text(f"{result.overall.positions:,} tokens; result in {path}", style="dim", overflow="fold"))
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.findings import QUANTILES, Findings, group, mean_error, quantiles, worst
 from klquant.cli.inspect import WORST, fallbacks
-from klquant.cli.render import count
+from klquant.cli.render import count, print_table
 from klquant.cli.spell import percent, place, some
 from klquant.core.units import decimal
 
@@ -183,7 +183,7 @@ def _number(error: float) -> str:
 def _section(out: Console, title: str, table: Table) -> None:
     out.print()
     out.print(Text(title, style="bold"))
-    out.print(table)
+    print_table(out, table)
 
 
 def _table() -> Table:

@@ -24,6 +24,18 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
+def print_table(out: Console, table: Table) -> None:
+    """With every figure whole: a terminal narrower than that breaks the lines."""
+    width, unbounded = out.width, out.options.update(max_width=10 * PIPE_WIDTH)
+    for column in table.columns:
+        if column.no_wrap:
+            cells = [column.header, column.footer, *column.cells]
+            column.min_width = max(out.measure(cell, options=unbounded).maximum for cell in cells)
+    out.width = max(width, out.measure(table, options=unbounded).minimum)
+    out.print(table)
+    out.width = width
+
+
 def count(number: int) -> str:
     """49.12 B parameters, 61.7 M."""
     for size, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
@@ -65,7 +77,7 @@ def print_plan(out: Console, plan: Plan, memory: list[Memory], model: str) -> No
 def _section(out: Console, title: str, table: Table) -> None:
     out.print()
     out.print(Text(title, style="bold"))
-    out.print(table)
+    print_table(out, table)
 
 
 def _table() -> Table:

@@ -1,4 +1,5 @@
 import json
+import re
 import time
 
 import pytest
@@ -35,6 +36,13 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_cut(wide, monkeypatch
     lines = run(wide, "--target", "vllm").stdout.splitlines()
     assert max(map(len, lines)) <= width
     assert not any("…" in line for line in lines)
+
+
+def test_a_narrow_terminal_breaks_lines_and_cuts_no_figure(wide, monkeypatch):
+    monkeypatch.setattr("klquant.cli.render.PIPE_WIDTH", 100)
+    sizes = re.findall(r"\d\S* [kM]?B", run(wide).stdout)
+    monkeypatch.setattr("klquant.cli.render.PIPE_WIDTH", 40)
+    assert re.findall(r"\d\S* [kM]?B", run(wide).stdout) == sizes
 
 
 def test_what_a_target_changes_is_shown_with_its_cost(wide):
