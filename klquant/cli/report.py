@@ -1,6 +1,7 @@
 """`klquant report RESULT…`: what `klquant eval` found, as a page to decide from."""
 
 import json
+import logging
 import os
 import re
 from contextlib import suppress
@@ -88,6 +89,7 @@ def write_report(comparison, out: Path | None, form: str | None) -> None:
 
 def require_plots() -> None:
     """Raises UserError without the plotting library."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where its cache lies is no news
     try:
         import matplotlib  # noqa: F401
     except ImportError:

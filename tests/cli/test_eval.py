@@ -97,6 +97,8 @@ def test_without_lm_eval_its_tasks_say_what_to_install(tiny, texts, tmp_path, mo
         (("-o", "{parts}"), "parts.json: is there already and no result of klquant eval"),
         (("--data", "none.jsonl"), "none.jsonl"),
         (("--against", "none"), "none"),
+        (("--data", "self"), "'self' is for calibration only; give text files or a mix (known: tiny, default)"),
+        (("--data", "tiny"), "--data: 'tiny' is a mix and stands alone"),
         (("--floor",), "--floor needs --against"),
         (("--as", "rtn", "--against", "none"), "leave out --against"),
         (("--recipe", "int4"), "--recipe needs --as"),
