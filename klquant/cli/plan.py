@@ -31,9 +31,11 @@ def command(model: str, recipe: str, target: str, as_json: bool) -> None:
     chosen = load_recipe(recipe)
     from klquant.checkpoint.hub import is_hub_id, read_hub_index
     from klquant.checkpoint.index import read_tensor_index
+    from klquant.cli.calibration import require_text
 
     config, tensors = read_hub_index(model) if is_hub_id(model) else read_tensor_index(Path(model))
     plan = make_plan(chosen, config, tensors, target)
+    require_text(plan)
     if as_json:
         click.echo(json.dumps(plan_json(plan, model), indent=1))
     else:

@@ -67,6 +67,7 @@ def command(
 
     from klquant.checkpoint.hub import resolve_model
     from klquant.checkpoint.reader import CheckpointReader
+    from klquant.cli.calibration import require_text
     from klquant.core.device import default_device, pick_devices
     from klquant.pipeline.placement import Limits
     from klquant.pipeline.run import SHARD_BYTES, RunOptions, check_model
@@ -85,6 +86,7 @@ def command(
     reader = CheckpointReader.open(resolve_model(model, weights=True))
     check_model(reader)
     plan = make_plan(chosen, reader.config, {name: (i.dtype, i.shape) for name, i in reader.tensors.items()}, target)
+    require_text(plan, options.calib)
     _run(model, reader, plan, out, options)
 
 

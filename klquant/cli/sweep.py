@@ -70,6 +70,7 @@ def command(
 
     from klquant.checkpoint.hub import resolve_model
     from klquant.checkpoint.reader import CheckpointReader
+    from klquant.cli.calibration import require_text
     from klquant.core.device import pick_device
     from klquant.pipeline.run import RunOptions, check_model
     from klquant.recipe.plan import make_plan
@@ -80,6 +81,8 @@ def command(
     check_model(reader)
     shapes = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
     plans = [make_plan(recipe, reader.config, shapes, target) for recipe in chosen]
+    for plan in plans:
+        require_text(plan, ",".join(calib) or None)
     sweep = Sweep(
         folder, reader, out, RunOptions(calib=",".join(calib) or None, device=str(where), resume=True),
         EvalOptions(data=",".join(data), windows=windows, window=window, device=str(where), dtype=dtype, floor=True,

@@ -86,6 +86,14 @@ def test_a_users_recipe_is_used_and_its_errors_carry_the_line(wide, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def test_text_that_a_recipe_misspells_is_named_by_its_line(wide, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    rule = f"{{tensors: mla_proj, {INT4.replace('rtn', 'gptq')}}}"
+    recipe.write_text(text(rule, tail="calibration:\n  mix: defualt\n"))
+    result = run(wide, "--recipe", recipe)
+    assert result.exit_code == 2 and "mine.yaml:6: text 'defualt': no such file" in result.stderr
+
+
 def test_a_split_class_shows_which_part_a_row_is(wide, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text(text(f"{{tensors: routed_experts, {INT4}}}",
