@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from klquant.checkpoint.index import require_folder
 from klquant.cli.main import Failure
-from klquant.errors import UserError
 
 
 @click.command("verify")
@@ -19,7 +19,7 @@ def command(folder: Path) -> None:
     if not folder.is_dir():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         hint = f"; {unfinished} is a run to go on with: klquant quantize … --resume" if unfinished.is_dir() else ""
-        raise UserError(f"{folder}: no such folder{hint}")
+        require_folder(folder, f"no such folder{hint}")
 
     from klquant.checkpoint.reader import CheckpointReader
     from klquant.checkpoint.verify import verify

@@ -91,6 +91,21 @@ def test_a_name_that_no_file_can_have_is_one_line_and_exit_2(args):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "args",
+    [("plan",), ("inspect",), ("verify",), ("quantize", "-o", "out"), ("generate", "hello"), ("eval", "-o", "r.json"),
+     ("sensitivity", "-o", "r.json"), ("bench",)],
+    ids=lambda args: args[0],
+)  # fmt: skip
+def test_a_file_where_a_folder_belongs(args, tmp_path):
+    command, *others = args
+    file = tmp_path / "config.json"
+    file.touch()
+    result = run(command, str(file), *others)
+    assert (result.exit_code, result.stderr) == (
+        2, f"klquant: error: {file}: is a file; give the checkpoint folder\n")  # fmt: skip
+
+
 def test_a_terminal_that_knows_few_characters_gets_others():
     """Not a traceback: many symbols that tables use are in no 8-bit encoding."""
     done = subprocess.run(
