@@ -59,7 +59,7 @@ def print_result(result: Result, path: Path) -> None:
     """Size, then quality by domain, in at most 80 columns."""
     out, size, bits = console(), result.model.size, result.model.size.bits
     out.print(Text(result.model.name, style="bold", overflow="fold"))
-    line = f"{decimal(size.disk)}, {bits.whole:.2f} bits a weight (routed {bits.routed_experts:.2f}, "
+    line = f"{decimal(size.tensors)}, {bits.whole:.2f} bits a weight (routed {bits.routed_experts:.2f}, "
     out.print(Text(f"{line}always active {bits.always_active:.2f})", style="dim"))
     if result.reference is not None:
         out.print(Text(

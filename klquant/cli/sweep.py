@@ -279,6 +279,6 @@ def _found(file: Path, fingerprint: str) -> "Result | None":
 def _line(result: "Result") -> str:
     q, size = result.overall, result.model.size
     return (
-        f"{decimal(size.disk)}, {size.bits.whole:.2f} bits a weight; KLD {q.kld.mean:.4f}, "
+        f"{decimal(size.tensors)}, {size.bits.whole:.2f} bits a weight; KLD {q.kld.mean:.4f}, "
         f"top token the same in {q.top1.mean:.1%}, perplexity {100 * (q.perplexity_ratio.mean - 1):+.2f} %"
     )

@@ -113,12 +113,18 @@ class MemoryAt(Part):
 
 
 class Size(Part):
-    """`disk`: bytes of the safetensors files; `weights`: how many there are."""
+    """`disk`: bytes of the safetensors files, or of the tensors of a baseline, which has no files; `weights`: how many
+    there are."""
 
     disk: int = Field(ge=1)
     weights: int
     bits: Bits
     memory: list[MemoryAt]
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of the tensors, without headers of files: what checkpoints and baselines have in common."""
+        return max(1, round(self.bits.whole * self.weights / 8))
 
 
 class Baseline(Part):

@@ -71,7 +71,7 @@ def content(c: Comparison) -> Content:
 
 def _lead(c: Comparison) -> str:
     data, overall = c.first.data, c.first.overall
-    whole = decimal(c.reference.checkpoint.size.disk)
+    whole = decimal(c.reference.checkpoint.size.tensors)
     kinds = ((len(c.takable), "variant"), (len(c.variants) - len(c.takable), "baseline"))
     counts = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for count, kind in kinds if count)
     return (

@@ -18,7 +18,7 @@ def pareto_disk(c: Comparison) -> Plot:
     largest = max(v.disk for v in c.variants)
     unit, name = (10**9, "GB") if largest >= 10**9 else (10**6, "MB")
     return _pareto(c, "pareto-disk", "Accuracy against disk", f"disk, {name}", lambda v: v.disk / unit, {},
-                   f"The reference takes {decimal(c.reference.checkpoint.size.disk)}.")  # fmt: skip
+                   f"The reference takes {decimal(c.reference.checkpoint.size.tensors)}.")  # fmt: skip
 
 
 def pareto_memory(c: Comparison) -> Plot:
