@@ -93,13 +93,13 @@ def compare_grouped(config: KimiLinearConfig, gen: torch.Generator) -> list[str]
 def _stages(w, h) -> dict[str, Callable]:
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     scale, zero = rtn.fit_scales(w, SPEC, importance_K=diagonal)
-    q = Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC)[0], scale, zero)
+    q = Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC), scale, zero)
     return {
         "scale search": lambda: rtn.fit_scales(w, SPEC, importance_K=diagonal),
         "sweep, factor included": lambda: stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC),
         "refit of scales": lambda: stages.refit_scales(w, h, q),
         "descent, one round": lambda: stages.descend(w, h, q),
-        "gptq, three rounds": lambda: stages.gptq(w, h, SPEC),
+        "gptq, three rounds": lambda: stages.gptq(w, h, SPEC, damp=0.01, rounds=3),
     }
 
 
@@ -151,15 +151,13 @@ def _check(w, h) -> list[str]:
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     with kernels.plain():
         scale, zero = rtn.fit_scales(w, SPEC, importance_K=diagonal)
-        start = Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC)[0], scale, zero)
+        start = Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC), scale, zero)
     jobs = {
         "scales": lambda: rtn.rtn(w, SPEC, importance_K=diagonal),
-        "sweep": lambda: Quantized(
-            SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC)[0], scale, zero
-        ),
+        "sweep": lambda: Quantized(SPEC, stages.sweep(w, stages.put_in_order(h, 0.01), scale, zero, SPEC), scale, zero),
         "refit": lambda: stages.refit_scales(w, h, start),
         "descent": lambda: stages.descend(w, h, start),
-        "gptq": lambda: stages.gptq(w, h, SPEC).quantized,
+        "gptq": lambda: stages.gptq(w, h, SPEC, damp=0.01, rounds=3).quantized,
     }
     lines = []
     for name, run in jobs.items():

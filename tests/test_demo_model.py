@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from klquant.calibrate.tokenizer import load_tokenizer
-from klquant.calibrate.windows import windows_from_texts
 from klquant.checkpoint.names import TensorClass, parse_name
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.model.forward import Model
+from tests.calibrate.build import windows_from_texts
 from tests.model.oracle import oracle
 
 ROOT = Path(__file__).parents[1]

@@ -35,7 +35,7 @@ class ChatTemplate:
         self.where = where
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise UserError(f"{where}: the chat template does not parse: {error}") from None
 
     def render(self, messages: Sequence[Message], *, bos_token: str, eos_token: str, generation_prompt: bool) -> str:
@@ -60,10 +60,13 @@ def find_template(folder: Path, tokenizer_config: dict) -> ChatTemplate | None:
             return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
         except UnicodeDecodeError:
             raise UserError(f"{file}: not UTF-8 text") from None
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     where = str(folder / "tokenizer_config.json")
     source = tokenizer_config.get("chat_template")
     if isinstance(source, list):
-        source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
+        source = named[-1].get("template") if named else None
     if source is None:
         return None
     if not isinstance(source, str):

@@ -11,6 +11,7 @@ many blocks' moments memory holds at once nor on how many devices share the bloc
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -70,6 +71,9 @@ def quantize_experts(walk: LayerWalk, layer_wide: Moments | None) -> None:
     size = BLOCK[walk.settings.device.type]
     blocks = [slice(first, min(first + size, total)) for first in range(0, total, size)]
     _share(walk, blocks, inputs)
+    for path in STACKS:  # a tensor of its own again, for what was changed in place is not what other devices hold
+        walk.exact = put(walk.exact, path, get(walk.exact, path)[:]) if _folds(walk) else walk.exact
+        walk.now = put(walk.now, path, get(walk.now, path)[:])
 
 
 def _share(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
@@ -92,9 +96,6 @@ def _share(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
         _quantize_blocks(walk, shares[0], inputs)
         for job, share in zip(jobs, shares[1:], strict=True):
             _merge(walk, job.result(), slice(share[0].start, share[-1].stop))
-    for path in STACKS:  # a tensor of its own again, for what was changed in place is not what other devices hold
-        walk.exact = put(walk.exact, path, get(walk.exact, path)[:]) if _folds(walk) else walk.exact
-        walk.now = put(walk.now, path, get(walk.now, path)[:])
 
 
 def _folds(walk: LayerWalk) -> bool:
@@ -109,6 +110,7 @@ def _merge(walk: LayerWalk, other: LayerWalk, experts: slice) -> None:
             get(mine, path)[experts] = get(theirs, path)[experts].to(walk.settings.device)
     walk.result.quantized |= other.result.quantized
     walk.result.records |= other.result.records
+    walk.result.changed |= other.result.changed
     walk.result.fallbacks += other.result.fallbacks
 
 
@@ -153,22 +155,42 @@ def _quantize_chunk(walk: LayerWalk, todo: deque[slice], size: int, inputs: Inpu
     experts = slice(first, chunk[-1].stop)
     inside = [slice(block.start - first, block.stop - first) for block in chunk]
 
-    own = _input_moments(walk, inputs, experts)
-    for block, at in zip(chunk, inside, strict=True):
-        walk.fit(("mlp.w1", "mlp.w3"), with_prior(own.part(at), inputs.layer_wide, tau), block)
-    del own
+    if any(walk.decision(path).spec is not None for path in ("mlp.w1", "mlp.w3")):
+        own = _input_moments(walk, inputs, experts)
+        for block, at in zip(chunk, inside, strict=True):
+            walk.fit(("mlp.w1", "mlp.w3"), with_prior(own.part(at), inputs.layer_wide, tau), block)
+        del own
+    if walk.decision("mlp.w2").spec is None:
+        for _ in chunk:
+            todo.popleft()
+        return
     own, prior = _hidden_moments(walk, inputs, experts)
     for block, at in zip(chunk, inside, strict=True):
-        before = walk.exact, walk.now, dict(walk.result.quantized)
+        undo = _before_folding(walk, block)
         try:
             moments = with_prior(own.part(at), prior.part(at).mean(), tau)
             moments, _ = rescale(walk, folding.EXPERT_OUTPUT, moments, block)
             walk.fit(("mlp.w2",), moments, block, walk.metrics[1])
         except torch.OutOfMemoryError:
             # The block is begun again from w1: a scale must not be folded twice.
-            walk.exact, walk.now, walk.result.quantized = before
+            undo()
             raise
         todo.popleft()
+
+
+def _before_folding(walk: LayerWalk, block: slice) -> Callable[[], None]:
+    """Takes the layer's experts of a block, and what was chosen and noted of them, back to what they are now."""
+    quantized, changed = dict(walk.result.quantized), dict(walk.result.changed)
+    seam = folding.EXPERT_OUTPUT
+    stacks = [get(w, path)[block] for w in (walk.exact, walk.now) for path in (seam.producer, *seam.consumers)]
+    held = [(stack, stack.clone()) for stack in stacks] if _folds(walk) else []
+
+    def undo() -> None:
+        walk.result.quantized, walk.result.changed = quantized, changed
+        for stack, before in held:
+            stack.copy_(before)
+
+    return undo
 
 
 def _route_all(walk: LayerWalk, layer_wide: Moments | None) -> Inputs:

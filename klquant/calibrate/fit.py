@@ -13,7 +13,7 @@ from klquant.quantize.gptq import gptq, layer_loss
 from klquant.quantize.hessian import Moments, corrected_target, shrink_
 from klquant.quantize.rtn import rtn
 from klquant.recipe.decision import Decision
-from klquant.recipe.schema import Recipe
+from klquant.recipe.schema import CALIBRATED, Recipe
 
 # Output features worked on at once.
 ROWS = 16384
@@ -133,9 +133,10 @@ def _records(
     records = []
     for i, (error, ok, tokens) in enumerate(zip(errors, seen.tolist(), counts, strict=True)):
         used, fallback = None if damp is None else damp[i], None
-        if not ok:
+        calibrated = algorithm in CALIBRATED
+        if calibrated and not ok:
             fallback = "no token reached it: plain weight error minimized"
-        elif tokens == 0:
+        elif calibrated and tokens == 0:
             fallback = "no token reached it: the layer's statistics alone were used"
         elif used is not None and used > recipe.gptq.damp * 1.5:
             fallback = f"Hessian not positive definite: damping raised to {used:g}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from klquant.calibrate.paths import get, put
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.model.weights import LayerWeights, MLAWeights, MoEWeights
+from klquant.model.weights import LayerWeights
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Seam:
 KDA_INPUT = Seam("elements", "input_norm", tuple(f"attn.{x}_proj" for x in ("q", "k", "v", "f_a", "g_a", "b")))
 KDA_OUTPUT = Seam("tiled", "attn.o_norm", ("attn.o_proj",))
 MLA_INPUT = Seam("elements", "input_norm", ("attn.q_proj", "attn.kv_a_proj"))
-MLA_LATENT = Seam("elements", "attn.kv_a_norm", ("attn.kv_b_proj",))
 MLA_OUTPUT = Seam("value_rows", "attn.kv_b_proj", ("attn.o_proj",))
 DENSE_INPUT = Seam("elements", "post_norm", ("mlp.gate_proj", "mlp.up_proj"))
 DENSE_OUTPUT = Seam("rows", "mlp.up_proj", ("mlp.down_proj",))
@@ -40,20 +39,6 @@ EXPERT_OUTPUT = Seam("rows", "mlp.w3", ("mlp.w2",))
 SHARED_OUTPUT = Seam("rows", "mlp.shared.up_proj", ("mlp.shared.down_proj",))
 
 
-def seams(weights: LayerWeights) -> list[Seam]:
-    """Every seam of a layer."""
-    attention = [MLA_INPUT, MLA_LATENT, MLA_OUTPUT] if isinstance(weights.attn, MLAWeights) else [KDA_INPUT, KDA_OUTPUT]
-    moe = isinstance(weights.mlp, MoEWeights)
-    return attention + ([MOE_INPUT, EXPERT_OUTPUT, SHARED_OUTPUT] if moe else [DENSE_INPUT, DENSE_OUTPUT])
-
-
-def channels(config: KimiLinearConfig, weights: LayerWeights, seam: Seam) -> int:
-    """How many free scales the seam has (for each expert, where there are experts)."""
-    if seam.kind == "tiled":
-        return config.kda_dim
-    return get(weights, seam.consumers[0]).shape[-1]
-
-
 def fold(config: KimiLinearConfig, weights: LayerWeights, seam: Seam, s: Tensor) -> LayerWeights:
     """The same layer with scale `s` [K] moved through the seam; [E, K] between an expert's w3 and w2."""
     producer = get(weights, seam.producer)
@@ -62,6 +47,17 @@ def fold(config: KimiLinearConfig, weights: LayerWeights, seam: Seam, s: Tensor)
         w = get(weights, path)
         weights = put(weights, path, w * consumer_scale(config, seam, s).unsqueeze(-2).to(w.dtype))
     return weights
+
+
+def fold_experts(config: KimiLinearConfig, weights: LayerWeights, seam: Seam, s: Tensor, experts: slice) -> None:
+    """`fold` for some experts of a seam between stacks, with their scales [E, K], in place."""
+    paths = (seam.producer, *seam.consumers)
+    part = weights
+    for path in paths:
+        part = put(part, path, get(weights, path)[experts])
+    part = fold(config, part, seam, s)
+    for path in paths:
+        get(weights, path)[experts] = get(part, path)
 
 
 def producer_scale(config: KimiLinearConfig, seam: Seam, s: Tensor) -> Tensor:

@@ -145,24 +145,6 @@ def open_pool(
     return CalibrationPool(streams, tokenizer, window)
 
 
-def calibration_windows(
-    spec: str | None,
-    tokenizer: Tokenizer,
-    cfg: KimiLinearConfig,
-    *,
-    tokens: int,
-    window: int,
-    seed: int = 0,
-    generate: Generate | None = None,
-) -> Calibration:
-    """The first `tokens // window` windows of `open_pool`. Raises UserError when there is not text for one."""
-    if tokens < window:
-        raise UserError(f"{tokens} calibration tokens do not fill one window of {window}; ask for more tokens")
-    pool = open_pool(spec, tokenizer, cfg, window=window, seed=seed, generate=generate)
-    pool.take(tokens // window)
-    return pool.calibration()
-
-
 def start_tokens(tokenizer: Tokenizer, n_sequences: int, seed: int) -> list[list[int]]:
     """How sampled sequences begin: `[BOS]` for every other one, `[BOS, a common token]` for the rest."""
     common = [ids[0] for text in _OPENINGS if len(ids := tokenizer.encode(text)) == 1]

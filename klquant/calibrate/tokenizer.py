@@ -3,7 +3,6 @@
 Neither runs code from the checkpoint. `tokenizer.json` wins where a folder has both: it is complete in itself.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Protocol
 from klquant.calibrate.chat import ChatTemplate, Message, find_template, plain
 from klquant.calibrate.tiktoken_bpe import TiktokenBPE
 from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.index import read_json
 from klquant.errors import UserError
 
 
@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     folder = Path(folder)
     fast, ranks = folder / "tokenizer.json", folder / "tiktoken.model"
     settings_file = folder / "tokenizer_config.json"
-    settings = _read_object(settings_file) if settings_file.exists() else {}
+    settings = read_json(settings_file) if settings_file.exists() else {}
     if fast.exists():
         file, backend = fast, _FastTokenizer(fast)
     elif ranks.exists():
@@ -153,19 +153,9 @@ def _special_id(name: str, backend: Backend, settings: dict, folder: Path) -> in
             raise UserError(f"{folder / 'tokenizer_config.json'}: {name} {text!r} is not a token of this tokenizer")
         return token_id
     config = folder / "config.json"
-    token_id = _read_object(config).get(f"{name}_id") if config.exists() else None
+    token_id = read_json(config).get(f"{name}_id") if config.exists() else None
     if isinstance(token_id, list) and token_id:
         token_id = token_id[0]
     if type(token_id) is not int:
         raise UserError(f"{folder}: neither tokenizer_config.json nor config.json says what {name} is")
     return token_id
-
-
-def _read_object(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: not a JSON object")
-    return value

@@ -33,7 +33,7 @@ from klquant.model.norm import rms_norm
 from klquant.model.weights import LayerWeights, MLAWeights, MoEWeights
 from klquant.quantize.hessian import Moments
 from klquant.recipe.decision import Decision
-from klquant.recipe.plan import Plan
+from klquant.recipe.plan import UNCALIBRATED_ROLES, Plan
 
 # Share of the free memory that the inputs of a layer's last map may take between two passes.
 KEPT_SHARE = 0.25
@@ -108,6 +108,8 @@ class LayerWalk:
         self._copies: dict[torch.device, dict[int, tuple[Tensor, Tensor]]] = {}
 
     def run(self) -> LayerResult:
+        # Before all else: whatever is calibrated behind them reads what they put out.
+        self.fit(tuple(f"attn.{role}" for role in UNCALIBRATED_ROLES if hasattr(self.exact.attn, role)), None)
         self._attention()
         if isinstance(self.exact.mlp, MoEWeights):
             self._moe()
@@ -169,7 +171,7 @@ class LayerWalk:
     def _moe(self) -> None:
         moments = self.input_moments("MLP inputs", folding.MOE_INPUT)
         moments, _ = rescale(self, folding.MOE_INPUT, moments)
-        self.fit(("mlp.shared.gate_proj", "mlp.shared.up_proj"), moments)
+        self.fit(("mlp.router", "mlp.shared.gate_proj", "mlp.shared.up_proj"), moments)
         quantize_experts(self, moments)
 
         def stage(w: LayerWeights, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +238,7 @@ class LayerWalk:
             sizes = [w.shape[-2] for w in parts]
             fits = fit_weight(torch.cat(parts, dim=-2), self.decision(same[0]), moments, self.recipe, sizes, metric_NN)
             for path, fit in zip(same, fits, strict=True):
-                values = fit.quantized.decode(SCALE_DTYPE).to(self.settings.dtype)
+                values = fit.quantized.decode(SCALE_DTYPE).to(get(self.exact, path).dtype)
                 names = tensor_names(self.exact, path)
                 if is_stack(path):
                     get(self.now, path)[experts] = values

@@ -6,7 +6,6 @@ Shape suffixes: W = windows, S = tokens in a window.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
@@ -50,13 +49,6 @@ def iter_windows(
             for start in range(0, full, window):
                 yield rest[start : start + window]
             del rest[:full]
-
-
-def windows_from_texts(
-    documents: Iterable[Document], tokenizer: Tokenizer, window: int, count: int | None = None
-) -> torch.Tensor:
-    """The first `count` windows of `documents` (all of them by default), int64 [W, S]; fewer if the text is short."""
-    return as_tensor(list(islice(iter_windows(documents, tokenizer, window), count)), window)
 
 
 def as_tensor(windows: list[list[int]], window: int) -> torch.Tensor:

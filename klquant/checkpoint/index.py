@@ -19,6 +19,7 @@ from klquant.errors import UserError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PROVENANCE = "klquant.json"  # how klquant made a checkpoint, and the hashes of its shards
 DESCRIPTIONS = ("tensors.json", "tensors.json.gz")
 MAX_JSON = 200_000_000  # bytes; the 48B checkpoint's index has 2 MB
 FLOATS = ("BF16", "F16", "F32")
@@ -55,6 +56,12 @@ def read_config(folder: Path) -> tuple[dict, KimiLinearConfig]:
         require_folder(folder)
     raw = read_json(folder / CONFIG)
     return raw, KimiLinearConfig.from_dict(raw, str(folder / CONFIG))
+
+
+def require_16_bits(raw: dict, folder: Path) -> None:
+    """Raises UserError when config.json says that the checkpoint is quantized."""
+    if raw.get("quantization_config") is not None:
+        raise UserError(f"{folder / CONFIG}: this checkpoint is quantized already; give the 16-bit one")
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
@@ -130,8 +137,7 @@ def read_tensor_index(folder: Path) -> tuple[KimiLinearConfig, dict[str, tuple[s
     else:
         where = str(description)
         tensors = {name: _described(name, entry, where) for name, entry in read_json(description).items()}
-    if "quantization_config" in raw:
-        raise UserError(f"{folder / CONFIG}: this checkpoint is quantized already; start from the 16-bit one")
+    require_16_bits(raw, folder)
     check_tensors(config, tensors, where)
     return config, tensors
 
@@ -146,7 +152,11 @@ def _described(name: str, entry, where: str) -> tuple[str, tuple[int, ...]]:
 def check_tensors(config: KimiLinearConfig, tensors: Shapes, where: str) -> None:
     """Raises UserError on the first of `tensor_problems` of an unquantized checkpoint, and counts the others."""
     expected = {name: (FLOATS, shape) for name, shape in expected_tensors(config).items()}
-    problems = list(tensor_problems(expected, tensors))
+    raise_first(list(tensor_problems(expected, tensors)), where)
+
+
+def raise_first(problems: list[str], where: str) -> None:
+    """Raises UserError on the first problem, if any, and counts the others."""
     if problems:
         more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         raise UserError(f"{where}: {problems[0]}{more}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.checkpoint.index import CONFIG, FLOATS, tensor_problems
+from klquant.checkpoint.index import CONFIG, FLOATS, raise_first, tensor_problems
 from klquant.checkpoint.layout import packed_parts
 from klquant.checkpoint.names import expected_tensors
 from klquant.checkpoint.patterns import quantization_config
@@ -120,9 +120,7 @@ class QuantizedReader:
 
     def check_complete(self) -> None:
         """Raises UserError on the first of `problems`, and counts the others."""
-        if problems := self.problems():
-            more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
-            raise UserError(f"{self.files.folder}: {problems[0]}{more}")
+        raise_first(self.problems(), str(self.files.folder))
 
     def spec(self, module: str) -> WeightSpec | None:
         """The grid of a module (hub name without `.weight`), or None where it is stored as it is."""
@@ -144,13 +142,12 @@ class QuantizedReader:
         self.check_values(f"{module}.weight_shape", tensors[f"{module}.weight_shape"])
         return decompress(tensors, spec)
 
-    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor by its full hub name, dequantized where needed, converted to `dtype`."""
+    def weight(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor by its full hub name, checked, dequantized where needed and converted to `dtype` on `device`."""
         module = name.removesuffix(".weight")
         if self.spec(module) is None:
-            return self.files.weight(name, dtype)
-        weight = self.quantized(module)
-        return weight.decode(weight.scale.dtype).to(dtype)
+            return self.files.weight(name, dtype, device)
+        return self.quantized(module, device).values().to(dtype)
 
     def check_values(self, name: str, tensor: Tensor) -> None:
         """Raises UserError naming the tensor when its values cannot be right: NaN, a scale ≤ 0, another weight_shape.

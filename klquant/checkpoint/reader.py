@@ -11,7 +11,7 @@ from torch import Tensor
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.dtypes import DTYPES
 from klquant.checkpoint.header import TensorInfo
-from klquant.checkpoint.index import CONFIG, check_tensors, read_config, read_shards
+from klquant.checkpoint.index import CONFIG, check_tensors, read_config, read_shards, require_16_bits
 from klquant.errors import UserError
 
 CHUNK = 1 << 24  # bytes read at a time where a tensor need not be whole
@@ -50,6 +50,10 @@ class CheckpointReader:
         shapes = {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
         check_tensors(self.config, shapes, str(self.folder))
 
+    def require_16_bits(self) -> None:
+        """Raises UserError when the checkpoint is quantized."""
+        require_16_bits(self.raw_config, self.folder)
+
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies. Raises UserError when the checkpoint has no tensor of that name."""
         if name not in self.tensors:
@@ -74,9 +78,9 @@ class CheckpointReader:
             _fill(info, part, start)
             yield part.view(DTYPES[info.dtype])
 
-    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor converted to `dtype`. Raises UserError when a value is NaN or infinite."""
-        tensor = self.read(name)
+    def weight(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor on `device`, converted to `dtype` there. Raises UserError when a value is NaN or infinite."""
+        tensor = self.read(name).to(device)
         self.require_finite(name, tensor)
         return tensor.to(dtype)
 

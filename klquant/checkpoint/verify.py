@@ -5,13 +5,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from klquant.checkpoint.index import CONFIG, INDEX, inside, read_json
+from klquant.checkpoint.index import CONFIG, INDEX, PROVENANCE, inside, read_json
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CHUNK
 from klquant.checkpoint.scheme import linear_modules
 from klquant.errors import UserError
-
-PROVENANCE = "klquant.json"
 
 
 def verify(folder: Path) -> list[str]:

@@ -1,12 +1,36 @@
-"""Whether the text to calibrate on is there, asked before any work."""
+"""A recipe's calibration as the command line wants it."""
 
-from klquant.calibrate.documents import SELF, resolve_sources
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
 from klquant.errors import UserError
-from klquant.recipe.plan import Plan
+from klquant.recipe.schema import CalibrationParams, Recipe
+
+if TYPE_CHECKING:
+    from klquant.recipe.plan import Plan
 
 
-def require_text(plan: Plan, calib: str | None = None) -> None:
+def with_calibration(recipe: Recipe, tokens: int | None, window: int | None) -> Recipe:
+    """The recipe with what the command line says of its calibration. A number of tokens asked for is kept to."""
+    changes = {} if window is None else {"window": window}
+    if tokens is not None:
+        changes |= {"tokens": tokens, "max_tokens": tokens, "min_expert_tokens": 0}
+    try:
+        params = CalibrationParams(**recipe.calibration.model_dump() | changes)
+    except ValidationError:
+        old = recipe.calibration
+        raise UserError(
+            f"a calibration window of {window or old.window} tokens is longer than the {tokens or old.tokens} tokens "
+            "to calibrate on; give more with --calib-tokens, or a shorter --window"
+        ) from None
+    return recipe.model_copy(update={"calibration": params})
+
+
+def require_text(plan: "Plan", calib: str | None = None) -> None:
     """Raises UserError where `calib`, or else what the recipe names, does not exist: the recipe's by file and line."""
+    from klquant.calibrate.documents import SELF, resolve_sources
+
     spec = calib or plan.recipe.calibration.mix
     if spec == SELF or not plan.needs_calibration:
         return

@@ -8,10 +8,9 @@ from statistics import mean
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.checkpoint.index import read_json
+from klquant.checkpoint.index import PROVENANCE, read_json
 from klquant.checkpoint.names import TensorClass, TensorKey, expected_tensors, parse_name
 from klquant.checkpoint.quantized import QuantizedReader, packed_layout
-from klquant.checkpoint.verify import PROVENANCE
 from klquant.errors import UserError
 
 # Quantiles of the tokens that the experts of a layer saw.

@@ -7,6 +7,7 @@ import click
 
 import klquant
 from klquant.checkpoint.names import TensorClass
+from klquant.cli.calibration import require_text
 from klquant.recipe.memory import Memory, contexts, predict_memory
 from klquant.recipe.plan import Plan, make_plan
 from klquant.recipe.rows import Row, plan_rows
@@ -31,7 +32,6 @@ def command(model: str, recipe: str, target: str, as_json: bool) -> None:
     chosen = load_recipe(recipe)
     from klquant.checkpoint.hub import is_hub_id, read_hub_index
     from klquant.checkpoint.index import read_tensor_index
-    from klquant.cli.calibration import require_text
 
     config, tensors = read_hub_index(model) if is_hub_id(model) else read_tensor_index(Path(model))
     plan = make_plan(chosen, config, tensors, target)

@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 
 import click
-from pydantic import ValidationError
 
+from klquant.checkpoint.index import PROVENANCE
+from klquant.cli.calibration import require_text, with_calibration
 from klquant.cli.main import Failure
 from klquant.cli.spell import Size
 from klquant.core.units import decimal
 from klquant.errors import UserError
-from klquant.recipe.schema import DEFAULT_RECIPE, CalibrationParams, Recipe, load_recipe
+from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
 from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
 
 
@@ -61,13 +62,12 @@ def command(
     Work goes layer by layer and lies in OUT.unfinished meanwhile. However it was stopped, the same command with
     --resume goes on from the last finished layer and ends with the same bytes.
     """
-    chosen = _with_calibration(load_recipe(recipe), calib_tokens, window)
-    if resume and (out / "klquant.json").exists():
+    chosen = with_calibration(load_recipe(recipe), calib_tokens, window)
+    if resume and (out / PROVENANCE).exists():
         raise UserError(f"{out}: is finished already; `klquant verify {out}` tells whether it is whole")
 
     from klquant.checkpoint.hub import resolve_model
     from klquant.checkpoint.reader import CheckpointReader
-    from klquant.cli.calibration import require_text
     from klquant.core.device import default_device, pick_devices
     from klquant.pipeline.placement import Limits
     from klquant.pipeline.run import SHARD_BYTES, RunOptions, check_model
@@ -112,22 +112,6 @@ def _run(model: str, reader, plan, out: Path, options) -> None:
         kept = "the same command with --resume goes on" if journal.folder.exists() else "nothing was written"
         raise Failure(f"interrupted: {kept}", 130) from None
     print_after(screen, model, plan, out, provenance, shown.pace.gone, shown.traffic)
-
-
-def _with_calibration(recipe: Recipe, tokens: int | None, window: int | None) -> Recipe:
-    """The recipe with what the command line says of its calibration. A number of tokens asked for is kept to."""
-    changes = {} if window is None else {"window": window}
-    if tokens is not None:
-        changes |= {"tokens": tokens, "max_tokens": tokens, "min_expert_tokens": 0}
-    try:
-        params = CalibrationParams(**recipe.calibration.model_dump() | changes)
-    except ValidationError:
-        old = recipe.calibration
-        raise UserError(
-            f"a calibration window of {window or old.window} tokens is longer than the {tokens or old.tokens} tokens "
-            "to calibrate on; give more with --calib-tokens, or a shorter --window"
-        ) from None
-    return recipe.model_copy(update={"calibration": params})
 
 
 def _require_room(folder: Path, need: int) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
+from klquant.cli.calibration import require_text, with_calibration
 from klquant.cli.main import Failure
-from klquant.cli.quantize import _with_calibration
 from klquant.cli.report import require_plots, write_report
 from klquant.core.units import decimal
 from klquant.errors import UserError
@@ -65,12 +65,11 @@ def command(
     The reference runs once. The same command goes on where it was stopped, and with more recipes adds to what is there.
     """
     require_plots()
-    chosen = [_with_calibration(recipe, calib_tokens, calib_window) for recipe in _recipes(recipes)]
+    chosen = [with_calibration(recipe, calib_tokens, calib_window) for recipe in _recipes(recipes)]
     methods = _methods(baselines)
 
     from klquant.checkpoint.hub import resolve_model
     from klquant.checkpoint.reader import CheckpointReader
-    from klquant.cli.calibration import require_text
     from klquant.core.device import pick_device
     from klquant.pipeline.run import RunOptions, check_model
     from klquant.recipe.plan import make_plan

@@ -28,6 +28,10 @@ class Quantized:
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return decode(self.codes, self.scale, self.zero, self.spec, dtype)
 
+    def values(self) -> Tensor:
+        """As compressed-tensors unpacks a weight: rounded to the dtype of its scale."""
+        return self.decode(self.scale.dtype)
+
     def to(self, device: torch.device | str) -> "Quantized":
         zero = None if self.zero is None else self.zero.to(device)
         return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero)

@@ -75,7 +75,7 @@ def fill_with_noise(runner: Runner) -> None:
 
 
 def measure_prefill(runner: Runner, tokens: int, chunk: int = PREFILL_CHUNK) -> Prefill:
-    """A prompt in chunks, as the scheduler cuts it, in slot 0. On GPUs the first of several runs is not counted."""
+    """A prompt in chunks, as the scheduler cuts it, in slot 0. On GPUs the first runs, up to a graph, do not count."""
     ids = torch.randint(0, runner.cfg.vocab_size, (tokens,)).tolist()
 
     def once() -> float:
@@ -90,7 +90,7 @@ def measure_prefill(runner: Runner, tokens: int, chunk: int = PREFILL_CHUNK) -> 
             raise UserError(f"a prompt of {tokens} tokens: the logits are not numbers")
         return time.perf_counter() - started
 
-    if _on_gpu(runner):
+    for _ in range(runner.runs_before_its_best(tokens) if _on_gpu(runner) else 0):
         once()
     times = [once()]
     while len(times) < REPEATS and sum(times) < ENOUGH:

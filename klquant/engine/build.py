@@ -147,7 +147,7 @@ class Builder:
         """On its grid if weights are packed, else its values."""
         if isinstance(w, Tensor):
             return w.to(self.dtype)
-        return w if self.packed else w.decode(w.scale.dtype).to(self.dtype)
+        return w if self.packed else w.values().to(self.dtype)
 
     def _kda(self, plain: Callable, weight: Callable) -> tuple[KDAWeights, FusedKDA]:
         n = KDA_NAMES
@@ -243,7 +243,7 @@ def _on(w: Weight, spec: WeightSpec | None) -> Weight:
     """A weight on a grid that holds it, or its values."""
     if isinstance(w, Tensor):
         return w
-    return w.on(spec) if spec is not None else w.decode(w.scale.dtype)
+    return w.on(spec) if spec is not None else w.values()
 
 
 def _cat(parts: list[Weight]) -> Weight:

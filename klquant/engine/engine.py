@@ -88,8 +88,10 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free the memory. The engine cannot be used afterwards."""
-        del self.runner, self.loop
+        """Free the memory; requests that are not answered are cancelled. The engine cannot be used afterwards."""
+        for job in [*self.loop.jobs.values()] if self.loop else ():
+            self.loop.cancel(job)
+        self.runner = self.loop = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -148,16 +150,26 @@ class Engine:
 
     def release(self, scheduled: Scheduled) -> None:
         """Free slot and pages that a sequence kept."""
-        self.loop.scheduler.release(scheduled)
+        if self.loop:
+            self.loop.scheduler.release(scheduled)
 
     def follow(self, job: Job) -> Iterator[Delta]:
         """Step until the job has finished, and yield what it gains. Whoever stops early cancels it."""
+        deltas = self._follow(job)
+        next(deltas)  # closing a generator that has not begun would cancel nothing
+        return deltas
+
+    def _follow(self, job: Job) -> Iterator[Delta | None]:
         try:
+            yield None
             while True:
                 while job.deltas:
                     yield (delta := job.deltas.popleft())
                     if delta.finish:
                         return
+                if job.stopping:
+                    self.cancel(job)
+                    continue
                 ran = self.loop.step()
                 assert ran or job.deltas, "nothing runs, and the answer has not finished"
         finally:
@@ -165,7 +177,8 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         """End a request where it is, unless it has ended; its slot and pages are free."""
-        self.loop.cancel(job)
+        if self.loop:
+            self.loop.cancel(job)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text behind a BOS, a conversation through the chat template, ids as they are.
@@ -177,6 +190,7 @@ class Engine:
     def _job(
         self, tokens: Sequence[int], params: SamplingParams | None, scheduled: Scheduled | None = None
     ) -> Job:  # fmt: skip
+        assert self.loop, "the engine is closed"
         params = (params or self.defaults).with_seed()
         room = self.limits.room(len(tokens), self.cfg)
         new = min(room, params.max_new_tokens)

@@ -20,6 +20,7 @@ class Job:
         # The sequence of a session has other numbers at its next turn.
         self._prompt, self._most = scheduled.prompt, scheduled.most
         self.bound = False  # its slot knows its pages and parameters
+        self.stopping = False  # whoever asked for it has had enough
         self.finish: Finish | None = None
         self.deltas: deque[Delta] = deque()
         self._limit, self._error = limit, None

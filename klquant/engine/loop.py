@@ -1,5 +1,7 @@
 """The loop that turns scheduled steps into launches, and tokens into answers."""
 
+from threading import Lock
+
 from klquant.engine.job import Job
 from klquant.engine.prefill import Span
 from klquant.engine.reply import Reply
@@ -16,6 +18,7 @@ class Loop:
         self.jobs: dict[Sequence, Job] = {}
         self._ahead = ahead
         self._launched: list[tuple[list[Job], Reply]] = []
+        self._stepping = Lock()
 
     def add(self, job: Job) -> None:
         """Queue a request. Raises UserError when it can never fit."""
@@ -25,11 +28,27 @@ class Loop:
     def cancel(self, job: Job) -> None:
         """End a request where it is, unless it has ended; its slot and pages are free."""
         job.end("cancelled")
-        if job.scheduled in self.jobs:
+        # The turns of a session share a sequence: it may be a later one's by now.
+        if self.jobs.get(job.scheduled) is job:
             self._retire(job)
 
     def step(self) -> bool:
-        """Launch at most a chunk of prompts and a token of every running answer. False when there is nothing to do."""
+        """Launch at most a chunk of prompts and a token of every running answer. False when there is nothing to do.
+
+        Whatever is raised, Ctrl-C included, ends the requests that had begun: what their slots hold is unknown.
+        Raises RuntimeError when another thread is at a step.
+        """
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError("another thread is at a step of this engine; guard it with a lock, or make one for each")
+        try:
+            return self._step()
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            self._stepping.release()
+
+    def _step(self) -> bool:
         step = self.scheduler.schedule()
         before, self._launched = self._launched, []
         if step and step.decode:
@@ -75,6 +94,8 @@ class Loop:
                 continue
             top = job.params.logprobs
             job.push(token, None if top is None else reply.logprob(row, top))
+            if job.stopping:
+                job.end("cancelled")
             if job.finish:
                 self._retire(job)
 
@@ -86,6 +107,14 @@ class Loop:
         self._retire(job)
         if job.scheduled.keep:
             self.scheduler.release(job.scheduled)
+
+    def _abandon(self) -> None:
+        self._launched = []
+        for job in [job for sequence, job in self.jobs.items() if sequence not in self.scheduler.waiting]:
+            job.end("error", "a step of the engine did not come to its end; what it had computed is lost")
+            self._retire(job)
+            if job.scheduled.keep:
+                self.scheduler.release(job.scheduled)
 
     def _refuse(self, job: Job) -> None:
         """Nothing runs, and still the first in the queue does not fit: sessions hold what it needs."""

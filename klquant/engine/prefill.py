@@ -5,7 +5,7 @@ Shape suffixes as in `klquant.model.weights`, and N = sequences; S counts the po
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -39,44 +39,66 @@ class Span:
         return self.start + len(self.ids)
 
 
+def numbers(spans: Sequence[Span], rows: int) -> Tensor:
+    """What makes `rows` rows out of spans, on the CPU, int64: borders [N + 1], slots [N], ends [N], then of each row
+    its position and its span. Rows behind the spans are padding: position −1."""
+    count_N = torch.tensor([len(span.ids) for span in spans])
+    border = F.pad(count_N.cumsum(0), (1, 0))
+    slot_N, stop_N = torch.tensor([[span.slot, span.stop] for span in spans]).T
+    position = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+    span_of_row = torch.arange(len(spans)).repeat_interleave(count_N)
+    missing = (0, rows - len(position))
+    # The borders first: where a tensor begins is part of what Triton compiles for.
+    return torch.cat([border, slot_N, stop_N, F.pad(position, missing, value=-1), F.pad(span_of_row, missing)])
+
+
 @dataclass(frozen=True)
 class ChunkRows:
-    """Spans of different sequences, one behind the other. slot_N, length_N (with the span) and at_S, where the
-    positions' latents lie, int64; table_NM int32; past: where the latents before each span lie."""
+    """Spans of different sequences, one behind the other, and padding.
 
-    spans: Sequence[Span]
+    slots: of the sequences in a pool, a slice that makes a view where the host knows that there is one, else [N].
+    length_N (with the span) and at_S, where the positions' latents lie (−1: padding), int64; table_NM int32. rows:
+    first and end of each span; past: where the latents before it lie.
+    """
+
     borders: Borders
+    slots: slice | Tensor
     slot_N: Tensor
     length_N: Tensor
     table_NM: Tensor
     at_S: Tensor
+    rows: Sequence[tuple[int, int]]
     past: Sequence[Tensor]
 
     @classmethod
     def of(cls, state: DeviceState, spans: Sequence[Span]) -> "ChunkRows":
-        count_N = torch.tensor([len(span.ids) for span in spans])
-        slot_N, stop_N = torch.tensor([[span.slot, span.stop] for span in spans]).T
-        border = F.pad(count_N.cumsum(0), (1, 0))
-        position_S = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-        row_S = torch.arange(len(spans)).repeat_interleave(count_N)
-        # One copy. The borders first: where a tensor begins is part of what Triton compiles for.
-        parts = (border, slot_N, stop_N, position_S, row_S)
-        on_device = upload(torch.cat(parts), state.table.device).split([len(part) for part in parts])
-        border_on_device, slot_N, stop_N, position_S, row_S = on_device
+        """Without padding."""
+        count, on_cpu = len(spans), numbers(spans, sum(len(span.ids) for span in spans))
+        rows = cls.padded(state, upload(on_cpu, state.table.device), count)
+        borders = replace(rows.borders, host=on_cpu[: count + 1])
+        slots = rows.slot_N if count > 1 else slice(spans[0].slot, spans[0].slot + 1)
+        past = [_first_positions(table_M, span.start) for table_M, span in zip(rows.table_NM, spans, strict=True)]
+        return replace(rows, borders=borders, slots=slots, rows=borders.spans, past=past)
+
+    @classmethod
+    def padded(cls, state: DeviceState, on_device: Tensor, count: int = 1) -> "ChunkRows":
+        """Of `numbers` on the device: the host knows how many rows there are, and nothing of what is in them. What a
+        CUDA graph can be made of, for one span that begins its sequence."""
+        size = (len(on_device) - 3 * count - 1) // 2
+        border, slot_N, stop_N, position_S, span_S = on_device.split([count + 1, count, count, size, size])
         table_NM = state.table[slot_N]
-        at_S = page_position(table_NM[row_S, position_S // PAGE_SIZE], position_S)
-        past = [_first_positions(table_M, span.start) for table_M, span in zip(table_NM, spans, strict=True)]
-        return cls(spans, Borders(border, border_on_device), slot_N, stop_N, table_NM, at_S, past)
+        at_S = page_position(table_NM[span_S, position_S // PAGE_SIZE], position_S)
+        at_S = torch.where(position_S < 0, -1, at_S)
+        return cls(Borders(None, border), slot_N, slot_N, stop_N, table_NM, at_S, [(0, size)], [at_S[:0]])
 
     @property
-    def several(self) -> Borders | None:
-        """The borders between several sequences."""
-        return self.borders if len(self.spans) > 1 else None
+    def has_padding(self) -> bool:
+        return self.borders.host is None
 
     @property
-    def slots(self) -> slice | Tensor:
-        """The sequences' rows of a pool: of one sequence a view, of several copies."""
-        return self.slot_N if self.several else slice(self.spans[0].slot, self.spans[0].slot + 1)
+    def copies(self) -> bool:
+        """Whether what is taken out of a pool has to be put back."""
+        return not isinstance(self.slots, slice)
 
     @cached_property
     def as_rows(self) -> StepRows:
@@ -94,7 +116,7 @@ def prefill_layer(
     cfg: KimiLinearConfig, layer: int, w: EngineLayer, stream: Stream, state: DeviceState, chunk: ChunkRows
 ) -> Stream:
     """Layer `layer` for the positions of chunks: (h, delta) [S, C] → (h, delta). State is updated in place."""
-    if len(chunk.at_S) == len(chunk.spans):
+    if len(chunk.at_S) == len(chunk.slot_N):
         return decode_layer(cfg, layer, w, stream, state, chunk.as_rows)
     h_SC, x_SC = add_rms_norm(*stream, w.model.input_norm, cfg.rms_eps)
     mix = kda_mix if isinstance(w.fused, FusedKDA) else mla_mix
@@ -108,14 +130,19 @@ def kda_mix(
 ) -> Tensor:
     """[S, C] → [S, F]."""
     heads, rank = (cfg.kda_heads, cfg.kda_dim), w.f_b.shape[1]
-    pool, slots, borders = state.kda[layer], chunk.slots, chunk.several
+    pool, slots = state.kda[layer], chunk.slots
+    borders = chunk.borders if chunk.copies else None
     f_a, g_a, b_SH = linear(x_SC, w.low).split([rank, rank, cfg.kda_heads], -1)
     tail = pool.conv[slots]
     q, k, v, beta = prefill_inputs(linear(x_SC, w.qkv)[None], b_SH[None], w.taps_FW, tail, borders)
-    if borders:
-        pool.conv[slots] = tail
-    raw = F.linear(f_a, w.f_b).unflatten(-1, heads)
+    raw = F.linear(f_a, w.f_b)
+    if chunk.has_padding:
+        # With k = β = 0 and no decay padding leaves the state as it is.
+        raw, borders = raw.masked_fill(chunk.at_S[:, None] < 0, float("-inf")), None
+    raw = raw.unflatten(-1, heads)
     o, s = gated_delta_rule(q, k, v, raw[None], w.A_log, w.dt_bias, beta, pool.s[slots], borders)
+    if chunk.copies:
+        pool.conv[slots] = tail
     pool.s[slots] = s
     gate = F.linear(g_a, w.g_b).unflatten(-1, heads)
     return gated_rms_norm(o[0], gate, w.o_norm, cfg.rms_eps).flatten(-2)
@@ -137,10 +164,10 @@ def mla_mix(
 
     own = expand(chunk.at_S)
     outs = []
-    for (a, b), past_T in zip(chunk.borders.spans, chunk.past, strict=True):
+    for (a, b), past_T in zip(chunk.rows, chunk.past, strict=True):
         q_HTK, *mine = (x[:, a:b] for x in (q_HSK, *own))
         outs.append(_attend(q_HTK, *mine, past_T, expand, cfg.v_dim).transpose(0, 1))
-    return (torch.cat(outs) if chunk.several else outs[0]).flatten(1)
+    return (torch.cat(outs) if len(outs) > 1 else outs[0]).flatten(1)
 
 
 def _attend(

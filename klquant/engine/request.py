@@ -10,8 +10,8 @@ from klquant.errors import UserError
 
 MAX_LOGPROBS = 20
 MAX_SEED = (1 << 63) - 1
-# Below this logits over temperature are no FP32 numbers, and no token but the likeliest would ever be drawn.
-LEAST_TEMPERATURE = 1e-4
+# Far beyond both ends logits over temperature are no FP32 numbers; below 0.0001 none but the likeliest is ever drawn.
+TEMPERATURES = "0 (the likeliest token), or from 0.0001 to 1,000,000"
 
 # length: max_new_tokens; context: the engine's max_context; error: the model's logits were not numbers.
 Finish = Literal["eos", "stop", "length", "context", "error", "cancelled"]
@@ -21,7 +21,7 @@ Finish = Literal["eos", "stop", "length", "context", "error", "cancelled"]
 class SamplingParams:
     """How tokens are chosen and when to stop.
 
-    temperature: 0 takes the likeliest token, others are at least LEAST_TEMPERATURE. top_k (0: all), top_p (1: all) and
+    temperature: 0 takes the likeliest token, others are at least 0.0001. top_k (0: all), top_p (1: all) and
     min_p (0: all) narrow the choice, in this order: the k likeliest tokens, the fewest whose probability reaches top_p,
     those at least min_p times as likely as the first. repetition_penalty: logits of tokens seen in prompt or answer are
     divided by it where positive and multiplied where negative. seed: equal seeds give equal answers, whatever else runs
@@ -45,15 +45,15 @@ class SamplingParams:
         """Raises UserError naming the first parameter out of its range."""
         for name, ok, want in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature == 0 or 1e-4 <= self.temperature <= 1e6, TEMPERATURES),
             (
-                "temperature",
-                not self.temperature or LEAST_TEMPERATURE <= self.temperature < float("inf"),
-                f"0 (the likeliest token) or at least {LEAST_TEMPERATURE}",
+                "top_k",
+                isinstance(self.top_k, int) and 0 <= self.top_k < 1 << 31,
+                "a whole number, 0 (all tokens) or more",
             ),
-            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 0.000001 to 1,000,000"),
             ("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of texts that are not empty"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),

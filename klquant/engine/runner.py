@@ -6,6 +6,7 @@ slot: a step can be launched before the host has seen the last one's tokens.
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from klquant.engine.decode import decode_layer, embed
 from klquant.engine.graphs import Graphs, Outputs, on
-from klquant.engine.prefill import ChunkRows, Span, prefill_layer
+from klquant.engine.prefill import ChunkRows, Span, numbers, prefill_layer
 from klquant.engine.request import SamplingParams
 from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
 from klquant.engine.state import DeviceState, upload
@@ -24,10 +25,17 @@ from klquant.engine.weights import EngineWeights
 from klquant.kernels.moe.dispatch import added_up
 from klquant.kernels.norm.dispatch import add_rms_norm
 from klquant.kernels.step.dispatch import embed_next
+from klquant.model.delta import delta_path
 from klquant.model.weights import wide_linear
+from klquant.recipe.memory import GRAPHED_PROMPT
 
 # Batch sizes that graphs are captured for; a smaller batch is padded. Beyond the last: multiples of 64.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+# Rows that short prompts are padded to for graphs: the host takes longer to launch their kernels than the GPU to run
+# them.
+GRAPHED = (32, 64, 128, 192, 256, 384, 512, 768, GRAPHED_PROMPT)
+# Prompts of a size that run without one first: making a graph takes as long as four of them.
+BEFORE_GRAPH = 4
 
 
 def bucket(rows: int) -> int:
@@ -60,6 +68,8 @@ class Runner:
         self.next_token = torch.zeros(slots + 1, dtype=torch.int64, device=weights.embedding_VC.device)
         self._graphs = {s.device: Graphs(s.device) for s in self.stages if s.device.type == "cuda"}
         self._slots: tuple[tuple[int, ...], dict[torch.device, Tensor]] = ((), {})
+        paths = {delta_path(s.device, weights.dtype, GRAPHED[0]) for s in self.stages}
+        self._graphs_prompts, self._met = paths == {"chunk_fla"}, Counter()
 
     def bind(self, slot: int, pages: Sequence[int], params: SamplingParams, tokens: Sequence[int], fresh: bool) -> None:
         """Give a slot to a request: its pages, its parameters (with a seed), the tokens of its prompt.
@@ -76,24 +86,26 @@ class Runner:
     def prefill(self, spans: Sequence[Span], after_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Spans of sequences in different slots → residual stream after the last layer [S, C], one behind the other.
 
-        `after_layer` is called with (layer, stream after it), and before the first with (−1, embedded ids).
+        `after_layer` is called with (layer, stream after it), and before the first with (−1, embedded ids). On a GPU
+        the result may be overwritten by the next call.
         """
-        table = self.weights.embedding_VC
-        h_SC = embed(upload(torch.tensor([i for span in spans for i in span.ids]), table.device), table)
+        table, ids = self.weights.embedding_VC, [i for span in spans for i in span.ids]
+        graphed = 0 if after_layer else self._graphed_rows(spans)
+        padding = [0] * (graphed - len(ids))
+        h_SC = embed(upload(torch.tensor(ids + padding), table.device), table)
         if after_layer:
             after_layer(-1, h_SC)
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages):
             with on(stage.device):
-                h_SC, delta_SC = h_SC.to(stage.device), None
-                chunk = ChunkRows.of(stage.state, spans)
-                for layer in stage.layers:
-                    w = self.weights.layers[layer]
-                    h_SC, delta_SC = prefill_layer(self.cfg, layer, w, (h_SC, delta_SC), stage.state, chunk)
-                    if after_layer:
-                        after_layer(layer, h_SC + added_up(delta_SC, h_SC.dtype))
-                h_SC = h_SC + added_up(delta_SC, h_SC.dtype)
-                stage.state.length[chunk.slot_N] = chunk.length_N.int()
-        return h_SC
+                h_SC = h_SC.to(stage.device)
+                if graphed:
+                    h_SC = self._run_prompt(number, h_SC, spans[0])
+                    stage.state.length[spans[0].slot] = spans[0].stop
+                else:
+                    chunk = ChunkRows.of(stage.state, spans)
+                    h_SC = self._layers(stage, h_SC, chunk, after_layer)
+                    stage.state.length[chunk.slot_N] = chunk.length_N.int()
+        return h_SC[: len(ids)]
 
     @torch.no_grad()
     def first_tokens(self, h_SC: Tensor, spans: Sequence[Span], mode: Mode) -> Chosen:
@@ -151,6 +163,47 @@ class Runner:
         with torch.no_grad(), on(h_SC.device):
             logits = self.weights.head(self.cfg, h_SC[-1:])
         return None if logits.isfinite().all() else "lm_head"
+
+    def runs_before_its_best(self, tokens: int) -> int:
+        """How often a prompt of so many tokens runs before it runs as fast as it can."""
+        return 2 + BEFORE_GRAPH if self._graphs_prompts and tokens <= GRAPHED[-1] else 1
+
+    def _layers(
+        self, stage: Stage, h_SC: Tensor, chunk: ChunkRows, after_layer: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """A stage's layers for the rows of a chunk: the stream behind them."""
+        delta_SC = None
+        for layer in stage.layers:
+            w = self.weights.layers[layer]
+            h_SC, delta_SC = prefill_layer(self.cfg, layer, w, (h_SC, delta_SC), stage.state, chunk)
+            if after_layer:
+                after_layer(layer, h_SC + added_up(delta_SC, h_SC.dtype))
+        return h_SC + added_up(delta_SC, h_SC.dtype)
+
+    def _graphed_rows(self, spans: Sequence[Span]) -> int:
+        """The rows of the graph that runs spans; 0: none does, or none yet."""
+        count = len(spans[0].ids)
+        graphs = self._graphs and self._graphs_prompts
+        if not graphs or len(spans) > 1 or spans[0].start or not 1 < count <= GRAPHED[-1]:
+            return 0
+        rows = GRAPHED[bisect_left(GRAPHED, count)]
+        self._met[rows] += 1
+        return rows if self._met[rows] > BEFORE_GRAPH else 0
+
+    def _run_prompt(self, number: int, h_SC: Tensor, span: Span) -> Tensor:
+        """A stage's layers for one prompt from its beginning, padded to the rows of h, in a graph."""
+        stage, rows = self.stages[number], len(h_SC)
+
+        def run(on_device: Tensor, h_SC: Tensor) -> Outputs:
+            return (self._layers(stage, h_SC, ChunkRows.padded(stage.state, on_device)),)
+
+        def no_prompt() -> tuple[Tensor, ...]:
+            # Nothing but padding leaves slot 0 as it is.
+            return upload(numbers([Span((), 0, 0)], rows), stage.device), torch.zeros_like(h_SC)
+
+        inputs = upload(numbers([span], rows), stage.device), h_SC
+        (h_SC,) = self._graphs[stage.device].run(("prompt", number, rows), run, inputs, no_prompt)
+        return h_SC
 
     @property
     def _embeds_in_stage(self) -> bool:

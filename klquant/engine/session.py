@@ -44,13 +44,15 @@ class Session:
         return self._engine.follow(self._job)
 
     def answer(self) -> Answer:
-        """The last answer, once it has finished."""
+        """The last answer, once it has finished. There is none before the first question, nor after one that was
+        refused."""
+        assert self._job, "there is no answer"
         return self._job.answer()
 
     def stop(self) -> None:
-        """End the answer that is running. May be called from a signal handler: whoever follows it cleans up."""
+        """End the answer that is running. May be called from a signal handler: whoever follows it ends it."""
         if self._job:
-            self._job.end("cancelled")
+            self._job.stopping = True
 
     def reset(self) -> None:
         """Forget everything; slot and pages are free."""
@@ -88,6 +90,7 @@ class Chat:
         deltas = self.session.stream(self._ids(messages, whole), params)
         self.messages = messages
         self._answering = self._listen(whole, deltas)
+        next(self._answering)  # closing a generator that has not begun would not end the turn
         return self._answering
 
     def reset(self) -> None:
@@ -100,8 +103,9 @@ class Chat:
         if self._answering:
             self._answering.close()
 
-    def _listen(self, whole: str, deltas: Iterator[Delta]) -> Iterator[Delta]:
+    def _listen(self, whole: str, deltas: Iterator[Delta]) -> Iterator[Delta | None]:
         try:
+            yield None
             yield from deltas
         finally:
             deltas.close()

@@ -43,15 +43,10 @@ NOTES = {"int8": "only the rounding of weights is modelled, not that of activati
 
 def plan_for(reader: QuantizedReader, recipe: Recipe) -> Plan:
     """What `recipe` makes of a checkpoint. Raises UserError where that one is quantized already."""
-    require_16_bits(reader)
+    reader.files.require_16_bits()
     reader.check_complete()
     tensors = {name: (info.dtype, info.shape) for name, info in reader.files.tensors.items()}
     return make_plan(recipe, reader.config, tensors)
-
-
-def require_16_bits(reader: QuantizedReader) -> None:
-    if reader.schemes is not None:
-        raise UserError(f"{reader.files.folder}: is quantized already; give the 16-bit checkpoint")
 
 
 @dataclass(frozen=True)
@@ -167,8 +162,7 @@ def bitsandbytes():
 
 
 def _rtn(w_NK: Tensor, spec: WeightSpec) -> Tensor:
-    weight = rtn(w_NK, spec)
-    return weight.decode(weight.scale.dtype)
+    return rtn(w_NK, spec).values()
 
 
 def _nf4(functions, w_NK: Tensor, double: bool) -> Tensor:

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.checkpoint.index import read_json
+from klquant.checkpoint.index import PROVENANCE, read_json
 from klquant.checkpoint.names import expected_tensors, parse_name
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CheckpointReader
-from klquant.checkpoint.verify import PROVENANCE
 from klquant.errors import UserError
 from klquant.evaluate.result import ErrorRow, Quantization
 

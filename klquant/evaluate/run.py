@@ -4,18 +4,17 @@ import os
 import platform
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-import klquant
 from klquant.calibrate.tokenizer import Tokenizer, load_tokenizer
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.writer import write_json
+from klquant.core.versions import versions
 from klquant.errors import UserError
-from klquant.evaluate.baselines import BaselineModel, require_16_bits
+from klquant.evaluate.baselines import BaselineModel
 from klquant.evaluate.options import EvalOptions, Silent, StoreKind, Watcher
 from klquant.evaluate.passes import DTYPES, Passes
 from klquant.evaluate.quantization import calibrated_on, quantization
@@ -59,7 +58,7 @@ def evaluate(
     if baseline is None:
         ours, theirs = open_model(model), None if against is None else open_model(against)
         if theirs is not None:
-            require_16_bits(theirs)
+            theirs.files.require_16_bits()
         source, checkpoint = DeviceSource(ours, device), describe(ours, model)
         made, notes = made_of(ours)
     else:
@@ -133,7 +132,8 @@ def data_of(text: EvalText, options: EvalOptions) -> Data:
 
 def provenance_of(options: EvalOptions, seconds: float, tokens: int) -> Provenance:
     return Provenance(
-        command=list(options.command), versions=_versions(), device=_device_name(torch.device(options.device)),
+        command=list(options.command), versions={"python": platform.python_version(), **versions()},
+        device=_device_name(torch.device(options.device)),
         threads=torch.get_num_threads(), seconds=seconds, tokens=tokens,
     )  # fmt: skip
 
@@ -196,11 +196,6 @@ def _affordable(text: EvalText, reader: QuantizedReader) -> StoreKind:
 def overlap_of(model: Path, text: EvalText) -> list[str]:
     shared = calibrated_on(model) & {d.origin for d in text.domains}
     return [f"the model was calibrated on text it is evaluated on: {origin}" for origin in sorted(shared)]
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "safetensors", "compressed-tensors", "tokenizers", "tiktoken")
-    return {"klquant": klquant.__version__, "python": platform.python_version(), **{n: version(n) for n in names}}
 
 
 def _device_name(device: torch.device) -> str:

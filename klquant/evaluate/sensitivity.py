@@ -16,7 +16,7 @@ import torch
 from klquant.checkpoint.writer import write_json
 from klquant.core.spec import WeightSpec
 from klquant.errors import UserError
-from klquant.evaluate.baselines import plan_for, require_16_bits, rounding
+from klquant.evaluate.baselines import plan_for, rounding
 from klquant.evaluate.options import By, EvalOptions, Silent, Watcher
 from klquant.evaluate.passes import Passes
 from klquant.evaluate.quantization import require_own_scales
@@ -65,7 +65,7 @@ def sensitivity(
     started, watcher = clock(), watcher or Silent()
     require_output(out, Sensitivity)
     reader = open_model(model)
-    require_16_bits(reader)
+    reader.files.require_16_bits()
     base = DeviceSource(reader, torch.device(options.device))
     quantized = rounded(base, quantizer) if isinstance(quantizer, Recipe) else stored(base, quantizer)
     passes = prepare(reader, reader, options, watcher)

@@ -39,13 +39,7 @@ class DeviceSource:
         return self.reader.config
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        module = name.removesuffix(".weight")
-        if self.reader.spec(module) is None:
-            stored = self.reader.files.read(name).to(self.device)
-            self.reader.files.require_finite(name, stored)
-            return stored.to(dtype)
-        weight = self.reader.quantized(module, self.device)
-        return weight.decode(weight.scale.dtype).to(dtype)
+        return self.reader.weight(name, dtype, self.device)
 
 
 # A weight matrix [N, K] by its hub name → its value after quantizing and dequantizing it.

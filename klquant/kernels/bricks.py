@@ -11,15 +11,27 @@ Tokens are the minor side, 8 at least: a product with one token costs 8, and is 
 unpacking to FP32 for FMAs.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+from klquant.kernels.ptx import AND_OR, ANDN_OR, block, twice
 
 ROWS = tl.constexpr(16)
 CHUNK = tl.constexpr(32)
 BRICK = tl.constexpr(512)  # words
-_AND_OR = "0xEA"  # lop3: (a & b) | c
-_ANDN_OR = "0xAE"  # lop3: (~a & b) | c
-_AND_XOR = "0x6A"  # lop3: (a & b) ^ c
+
+
+class Weight(NamedTuple):
+    """Of a `layout.Packed`, what a kernel reads: pointers or None, and counts along K."""
+
+    words: tl.tensor
+    high: tl.tensor | None
+    scale: tl.tensor | None
+    zero: tl.tensor | None
+    bricks: tl.tensor
+    groups: tl.tensor
 
 
 @triton.constexpr_function
@@ -29,12 +41,7 @@ def fields(bits):
 
 
 @triton.constexpr_function
-def _twice(bits16):
-    return f"0x{bits16:04X}{bits16:04X}"
-
-
-@triton.constexpr_function
-def _unpack_asm(bits, field, bf16):
+def unpack_asm(bits, field, bf16):
     """PTX from two words ($1; $2: their high bytes, widened) to two codes ($0), exact in BF16 or FP16.
 
     A 16-bit float of magnitude 2^m, m the mantissa's length, has the integers in its low bits: `or` the code in,
@@ -46,36 +53,19 @@ def _unpack_asm(bits, field, bf16):
     lines = [f"shr.u32 a, $1, {width * field};" if field else "mov.b32 a, $1;"]
     if bits == 8 and bf16:
         lines += [
-            f"lop3.b32 b, a, {_twice(0x80)}, {_twice(magic)}, {_ANDN_OR};",
-            f"lop3.b32 a, a, {_twice(0x7F)}, {_twice(magic)}, {_AND_OR};",
-            f"fma.rn.bf16x2 $0, b, {_twice(0xBF80)}, a;",
+            f"lop3.b32 b, a, {twice(0x80)}, {twice(magic)}, {ANDN_OR};",
+            f"lop3.b32 a, a, {twice(0x7F)}, {twice(magic)}, {AND_OR};",
+            f"fma.rn.bf16x2 $0, b, {twice(0xBF80)}, a;",
         ]
     else:
-        lines += [f"lop3.b32 a, a, {_twice((1 << width) - 1)}, {_twice(magic)}, {_AND_OR};"]
+        lines += [f"lop3.b32 a, a, {twice((1 << width) - 1)}, {twice(magic)}, {AND_OR};"]
         if bits == 3:
             shift = f"shl.b32 b, $2, {2 - field};" if field < 2 else f"shr.u32 b, $2, {field - 2};"
-            lines += [shift, f"lop3.b32 a, b, {_twice(4)}, a, {_AND_OR};"]
+            lines += [shift, f"lop3.b32 a, b, {twice(4)}, a, {AND_OR};"]
         # 2^m + offset: the offset's bits, as an integer, on top of those of 2^m; negated by the sign bit.
         minus = 0x8000 | magic | (1 << (bits - 1))
-        lines += [f"fma.rn.{'bf16x2' if bf16 else 'f16x2'} $0, a, {_twice(one)}, {_twice(minus)};"]
-    return "{ .reg .b32 a, b; " + " ".join(_constants(lines)) + " }"
-
-
-@triton.constexpr_function
-def _constants(lines):
-    """`fma` takes no immediates of packed halves: move them to registers."""
-    out, names = [], []
-    for line in lines:
-        if line.startswith("fma"):
-            head, *operands = line.rstrip(";").split(", ")
-            for i, operand in enumerate(operands):
-                if operand.startswith("0x"):
-                    name = f"c{len(names)}"
-                    names.append(f".reg .b32 {name}; mov.b32 {name}, {operand};")
-                    operands[i] = name
-            line = ", ".join([head, *operands]) + ";"
-        out.append(line)
-    return names + out
+        lines += [f"fma.rn.{'bf16x2' if bf16 else 'f16x2'} $0, a, {twice(one)}, {twice(minus)};"]
+    return block(lines)
 
 
 @triton.jit
@@ -88,7 +78,7 @@ def unpack(words, high, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.const
         value = words.to(tl.bfloat16, bitcast=True)
         return value.to(DTYPE) if PTX else value.to(tl.float32)
     elif PTX:
-        asm: tl.constexpr = _unpack_asm(BITS, FIELD, tl.bfloat16 == DTYPE)
+        asm: tl.constexpr = unpack_asm(BITS, FIELD, tl.bfloat16 == DTYPE)
         if BITS == 3:
             bits16 = tl.inline_asm_elementwise(asm, "=r,r,r", [words, high], dtype=tl.int16, is_pure=True, pack=2)
         else:
@@ -180,7 +170,7 @@ def accumulate(
 
 @triton.jit
 def tile_product(
-    x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
+    x, tokens, w, first_row, start, stop,
     BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
     SCALED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -191,8 +181,8 @@ def tile_product(
     if SPLIT == 1:
         INPUTS: tl.constexpr = CHUNK * fields(BITS)
         n = first_row + tl.arange(0, BN)
-        row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
-        group_row = (n // ROWS) * groups * ROWS + n % ROWS
+        row = (n // ROWS) * w.bricks * BRICK + (n % ROWS) * CHUNK
+        group_row = (n // ROWS) * w.groups * ROWS + n % ROWS
         j = tl.arange(0, CHUNK)
         acc = tl.zeros([BN, BM], tl.float32)
         w_at = row[:, None] + j[None, :]
@@ -200,30 +190,27 @@ def tile_product(
         for brick in tl.range(start, stop, num_stages=STAGES):
             at = w_at + brick * BRICK
             acc = accumulate(
-                acc, x_at + brick * INPUTS, tokens[None, :], words + at, high + at if BITS == 3 else None, None,
-                scale, zero, group_row, brick, BITS, GROUP, SCALED, PTX,
+                acc, x_at + brick * INPUTS, tokens[None, :], w.words + at, w.high + at if BITS == 3 else None,
+                None, w.scale, w.zero, group_row, brick, BITS, GROUP, SCALED, PTX,
             )  # fmt: skip
         return acc
     else:
         parts = tl.zeros([SPLIT, BN, BM], tl.float32)
-        parts = split_product(
-            parts, x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
-            BITS, GROUP, BN, BM, SPLIT, STAGES, PTX,
-        )  # fmt: skip
+        parts = split_product(parts, x, tokens, w, first_row, start, stop, BITS, GROUP, BN, SPLIT, STAGES, PTX)
         return tl.sum(parts, 0)
 
 
 @triton.jit
 def split_product(
-    parts, x, tokens, words, high, scale, zero, first_row, bricks, groups, start, stop,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    parts, x, tokens, w, first_row, start, stop,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """parts [SPLIT, BN, BM] plus a tile's product as in `tile_product`, its bricks dealt out to the warps in turn."""
     INPUTS: tl.constexpr = CHUNK * fields(BITS)
     n = first_row + tl.arange(0, BN)
-    row = (n // ROWS) * bricks * BRICK + (n % ROWS) * CHUNK
-    group_row = (n // ROWS) * groups * ROWS + n % ROWS
+    row = (n // ROWS) * w.bricks * BRICK + (n % ROWS) * CHUNK
+    group_row = (n // ROWS) * w.groups * ROWS + n % ROWS
     j = tl.arange(0, CHUNK)
     s = tl.arange(0, SPLIT)
     w_at = (row[:, None] + j[None, :])[None, :, :] + (s * BRICK)[:, None, None]
@@ -235,8 +222,8 @@ def split_product(
         # A brick past the end reads the last one's scales: what they multiply is 0.
         inside = tl.minimum(brick, stop - 1)[:, None]
         parts = accumulate(
-            parts, x_at + first * INPUTS, tokens[None, None, :] & lives[:, None, None], words + at,
-            high + at if BITS == 3 else None, lives[:, None, None], scale, zero, group_row[None, :], inside,
+            parts, x_at + first * INPUTS, tokens[None, None, :] & lives[:, None, None], w.words + at,
+            w.high + at if BITS == 3 else None, lives[:, None, None], w.scale, w.zero, group_row[None, :], inside,
             BITS, GROUP, False, PTX,
         )  # fmt: skip
     return parts

@@ -1,8 +1,8 @@
-"""The gated delta rule of Kimi Delta Attention: sequential, chunked, one step, and flash-linear-attention's kernel.
+"""The gated delta rule of Kimi Delta Attention: one step, chunked, and flash-linear-attention's kernel.
 
     S_t = (I − β_t k_t k_tᵀ) diag(exp g_t) S_{t−1} + β_t k_t v_tᵀ        o_t = S_tᵀ q_t / √D
 
-with q and k l2-normed here, unless they are `normed` already (arXiv 2510.26692). All four functions take
+with q and k l2-normed here, unless they are `normed` already (arXiv 2510.26692). All three functions take
 q, k, v [B, S, H, D], g [B, S, H, D] FP32 ≤ 0, β [B, S, H] FP32, state [B, H, D, D] (key × value) FP32 or None (zeros),
 and return (o [B, S, H, D], state after the last position) in at least FP32; kda_chunk_fla's o has v's dtype.
 """
@@ -91,15 +91,6 @@ def log_decay(raw_BSF: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     """g = −exp(A_log) · softplus(raw + dt_bias): the log decay [B, S, F] of each state row, FP32, ≤ 0."""
     raw = widen(raw_BSF) + dt_bias
     return -A_log.exp().repeat_interleave(raw.shape[-1] // A_log.shape[0]) * F.softplus(raw)
-
-
-def kda_naive(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None):
-    """The recurrence, one position after the other: the reference for the others."""
-    steps = []
-    for t in range(q.shape[1]):
-        o, state = kda_step(*(x[:, t : t + 1] for x in (q, k, v, g, beta)), state)
-        steps.append(o)
-    return torch.cat(steps, 1), state
 
 
 def kda_step(

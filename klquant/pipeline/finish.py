@@ -3,12 +3,12 @@
 import hashlib
 from dataclasses import asdict
 
-import klquant
-from klquant.checkpoint.index import CONFIG, INDEX
+from klquant.checkpoint.index import CONFIG, INDEX, PROVENANCE
 from klquant.checkpoint.quantized import quantization_config
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.writer import Shard, copy_side_files, json_bytes, write_index, write_json
-from klquant.pipeline.journal import PROVENANCE, Journal
+from klquant.core.versions import versions
+from klquant.pipeline.journal import Journal
 from klquant.pipeline.text import Text
 from klquant.pipeline.units import units_of
 from klquant.recipe.plan import Plan
@@ -56,7 +56,7 @@ def _provenance(plan: Plan, journal: Journal, text: Text | None) -> dict:
     return {
         "schema": SCHEMA,
         "purpose": journal.found,
-        "versions": _versions(),
+        "versions": versions(),
         "recipe": plan.recipe.model_dump(mode="json"),
         "target": plan.target,
         "changes": [
@@ -69,10 +69,3 @@ def _provenance(plan: Plan, journal: Journal, text: Text | None) -> dict:
         "fallbacks": [f"{module}: {r['fallback']}" for module, r in tensors.items() if r["fallback"]],
         "shards": {file: shard for record in records for file, shard in record["shards"].items()},
     }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "safetensors", "compressed-tensors", "tokenizers", "tiktoken")
-    return {"klquant": klquant.__version__, **{name: version(name) for name in names}}

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
 
-from klquant.checkpoint.index import CONFIG
+from klquant.checkpoint.index import CONFIG, PROVENANCE
 from klquant.checkpoint.writer import write_json
 from klquant.errors import UserError
 
@@ -23,9 +23,6 @@ SUFFIX = ".unfinished"
 STATE = ".state"
 TRASH = ".trash"
 PURPOSE = "purpose.json"
-PROVENANCE = "klquant.json"
-
-
 OTHER_TEXT = "other calibration text"
 
 

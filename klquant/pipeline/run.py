@@ -12,7 +12,6 @@ from torch import Tensor
 import klquant
 from klquant.calibrate.tokenizer import load_tokenizer
 from klquant.calibrate.walk import WalkSettings
-from klquant.checkpoint.index import CONFIG
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.writer import (
     Shard,
@@ -122,8 +121,7 @@ def _missing_tokenizer(folder: Path) -> str | None:
 
 def check_model(reader: CheckpointReader) -> None:
     """Raises UserError unless the checkpoint is whole and in 16 or 32 bits."""
-    if "quantization_config" in reader.raw_config:
-        raise UserError(f"{reader.folder / CONFIG}: this checkpoint is quantized already; start from the 16-bit one")
+    reader.require_16_bits()
     reader.check_complete()
 
 

@@ -14,20 +14,21 @@ from torch import Tensor
 from klquant.core.grid import SCALE_DTYPE, Quantized, encode
 from klquant.core.spec import WeightSpec
 from klquant.quantize.gptq import layer_loss
+from klquant.quantize.hessian import weigh_unseen
 from klquant.quantize.rtn import rtn
 
-CLIP = torch.linspace(1.05, 0.50, 23).tolist()
+# The whole range first: of equal losses the first one wins.
+CLIP = sorted(torch.linspace(1.05, 0.50, 23).tolist(), key=lambda factor: abs(factor - 1))
 
 
 @dataclass(frozen=True)
 class Consumer:
     """Weights [E, N, K] that read the scaled channels, their inputs' second moments [E, K, K] (or shared, [K, K]), the
-    grid they get (None: kept, so that scaling costs them nothing) and how much their loss counts."""
+    grid they get (None: kept, so that scaling costs them nothing)."""
 
     weight: Tensor
     h: Tensor
     spec: WeightSpec | None
-    share: float = 1.0
 
 
 def search_scale(
@@ -46,7 +47,7 @@ def search_scale(
     best_scale = torch.ones_like(base)
     for i in range(grid + 1):
         scale = torch.exp2((torch.log2(base) * (i / grid)).round())
-        loss = sum(_loss(c, spread(scale)) * c.share for c in quantized)
+        loss = sum(_loss(c, spread(scale)) for c in quantized)
         if activity.ndim == 1:
             loss = loss.sum() if loss.ndim else loss
         better = loss < best
@@ -82,8 +83,10 @@ def _full_scale(rows: Tensor, spec: WeightSpec, shrink: float = 1.0) -> tuple[Te
 def clipped(w_ENK: Tensor, h_EKK: Tensor, spec: WeightSpec) -> Quantized:
     """Round to nearest with each group's range clipped where that lowers (w_g − ŵ_g) H_gg (w_g − ŵ_g)ᵀ.
 
-    Groups are searched one by one against their own block of H, [E, width, width].
+    Groups are searched one by one against their own block of H, [E, width, width]; an input that was never seen counts
+    as much as the mean one.
     """
+    h_EKK = weigh_unseen(h_EKK, 1.0)
     k = w_ENK.shape[-1]
     groups, width = spec.groups(k), spec.width(k)
     one = spec.model_copy(update={"group_size": -1})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from klquant.core.grid import Quantized
 from klquant.core.spec import WeightSpec
-from klquant.quantize.gptq import GPTQResult, gptq, layer_loss, put_in_order
+from klquant.quantize.gptq import GPTQResult, gptq, put_in_order
 
 # Blocks of rows, each rounded on what the blocks before it left over; inside a block rows do not couple. On the testbed
 # 12 blocks of 32 rows reach nearly the loss of 48 of 8.
@@ -22,7 +22,7 @@ MIN_ROWS = 32
 def coupled_gptq(
     w_ENK: Tensor, h_EKK: Tensor, metric_NN: Tensor, spec: WeightSpec, *, damp: float, rounds: int
 ) -> GPTQResult:
-    """`gptq` for tr(M D H Dᵀ) with M = `metric`, positive definite. The losses returned are those of `gptq`, without M.
+    """`gptq` for tr(M D H Dᵀ) with M = `metric`, positive definite.
 
     With M = GᵀG, G lower triangular, the loss is the sum over blocks b of ‖(G_bb D_b + G_b< D_<) H^½‖²: the target of a
     block moves by G_bb⁻¹ G_b< D_<. Rows go in falling order of M's diagonal.
@@ -41,6 +41,5 @@ def coupled_gptq(
         part = gptq(w[:, b] + pull @ left[:, :start], h, spec, damp=damp, rounds=rounds, ordered=ordered)
         left[:, b] = w[:, b] - part.quantized.decode()
         parts.append(part)
-    error = layer_loss(left, h)
     grid = Quantized.cat([p.quantized for p in parts], dim=-2).rows(order.argsort())
-    return GPTQResult(grid, error, error / layer_loss(w, h).clamp_min(1e-30), parts[0].damp)
+    return GPTQResult(grid, parts[0].damp)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klquant.core.grid import SCALE_DTYPE, Quantized, encode
+from klquant.core.grid import SCALE_DTYPE, Quantized
 from klquant.core.spec import WeightSpec
 from klquant.quantize import kernels
 from klquant.quantize.factor import inverse_factor, permute_both, solve_systems
+from klquant.quantize.hessian import weigh_unseen
 from klquant.quantize.rtn import fit_scales
 
 BLOCK = 128
@@ -22,11 +23,9 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class GPTQResult:
-    """The rounded weight, its layer-wise loss [E], the same loss relative to ‖W x‖² [E], and the damping used [E]."""
+    """The rounded weight and the damping used [E]."""
 
     quantized: Quantized
-    loss: Tensor
-    relative: Tensor
     damp: Tensor
 
 
@@ -51,9 +50,8 @@ def put_in_order(h_EKK: Tensor, damp: float) -> Ordered:
 
 
 def gptq(
-    w_ENK: Tensor, h_EKK: Tensor, spec: WeightSpec, *, damp: float = 0.01, rounds: int = 3,
-    ordered: Ordered | None = None,
-) -> GPTQResult:  # fmt: skip
+    w_ENK: Tensor, h_EKK: Tensor, spec: WeightSpec, *, damp: float, rounds: int, ordered: Ordered | None = None
+) -> GPTQResult:
     """Quantize `w` [E, N, K] against Hessians `h` [E, K, K] (or [1, K, K], shared).
 
     `damp` is the share of the mean diagonal added to it; it grows tenfold for each expert whose factorization fails and
@@ -65,12 +63,12 @@ def gptq(
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     # Damped like the Hessian: an input that calibration never saw must not lose its range.
     scale, zero = fit_scales(w, spec, importance_K=diagonal + damp * diagonal.mean(-1, keepdim=True))
-    codes, used = sweep(w, ordered or put_in_order(h, damp), scale, zero, spec)
-    best = Quantized(spec, codes, scale, zero)
+    ordered = ordered or put_in_order(h, damp)
+    best = Quantized(spec, sweep(w, ordered, scale, zero, spec), scale, zero)
+    h = weigh_unseen(h, damp)
     for _ in range(rounds):
         best = descend(w, h, refit_scales(w, h, best))
-    error = layer_loss(w - best.decode(), h)
-    return GPTQResult(best, error, error / layer_loss(w, h).clamp_min(1e-30), used.expand(w.shape[0]))
+    return GPTQResult(best, ordered.damp.expand(w.shape[0]))
 
 
 def layer_loss(d_ENK: Tensor, h_EKK: Tensor) -> Tensor:
@@ -78,17 +76,15 @@ def layer_loss(d_ENK: Tensor, h_EKK: Tensor) -> Tensor:
     return ((d_ENK @ h_EKK) * d_ENK).sum((-1, -2))
 
 
-def sweep(
-    w_ENK: Tensor, ordered: Ordered, scale_ENG: Tensor, zero_ENG: Tensor | None, spec: WeightSpec
-) -> tuple[Tensor, Tensor]:
-    """GPTQ's codes int8 [E, N, K] on the scales given, and the damping used ([E] or [1])."""
+def sweep(w_ENK: Tensor, ordered: Ordered, scale_ENG: Tensor, zero_ENG: Tensor | None, spec: WeightSpec) -> Tensor:
+    """GPTQ's codes int8 [E, N, K] on the scales given."""
     if kernels.serve(w_ENK):
         from klquant.quantize.kernels import columns
 
-        return columns.sweep(w_ENK, ordered.factor, ordered.order, scale_ENG, zero_ENG, spec), ordered.damp
+        return columns.sweep(w_ENK, ordered.factor, ordered.order, scale_ENG, zero_ENG, spec)
     e = w_ENK.shape[0]
     upper, order = ordered.factor.expand(e, -1, -1), ordered.order.expand(e, -1)
-    return _round_columns(w_ENK, upper, order, scale_ENG, zero_ENG, spec), ordered.damp
+    return _round_columns(w_ENK, upper, order, scale_ENG, zero_ENG, spec)
 
 
 def _round_columns(
@@ -194,6 +190,3 @@ def _better_rows(w_ENK: Tensor, h_EKK: Tensor, new: Quantized, old: Quantized) -
     return replace(
         new, codes=torch.where(better, new.codes, old.codes), scale=torch.where(better, new.scale, old.scale)
     )
-
-
-__all__ = ["GPTQResult", "descend", "encode", "gptq", "inverse_factor", "layer_loss", "refit_scales"]

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from klquant.quantize.factor import cholesky, solve
 
+# An input whose share of the mean diagonal is below this was never seen.
+UNSEEN = 1e-6
+
 
 @dataclass
 class Moments:
@@ -124,6 +127,19 @@ def shrink_(mean_EKK: Tensor, count_E: Tensor, prior_KK: Tensor, tau: float) -> 
     """
     share = (count_E / (count_E + tau).clamp_min(1e-12)).to(mean_EKK.dtype)[..., None, None]
     return mean_EKK.mul_(share).add_(prior_KK * (1 - share))
+
+
+def weigh_unseen(h_EKK: Tensor, share: float) -> Tensor:
+    """H with share · mean(diag H) on the diagonal of inputs that calibration never saw; H itself when it saw them all.
+
+    Without a weight of their own such inputs would be free to lose their values to whatever serves the others.
+    """
+    diagonal = h_EKK.diagonal(dim1=-2, dim2=-1)
+    level = diagonal.mean(-1, keepdim=True)
+    unseen = diagonal < UNSEEN * level
+    if not bool(unseen.any()):
+        return h_EKK
+    return h_EKK + torch.diag_embed(unseen * (share * level))
 
 
 def corrected_target(

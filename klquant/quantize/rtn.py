@@ -30,8 +30,8 @@ def rtn(w_NK: Tensor, spec: WeightSpec, *, importance_K: Tensor | None = None) -
 def fit_scales(w_NK: Tensor, spec: WeightSpec, *, importance_K: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Scales [..., N, G] (and int8 zero points, if asymmetric) that minimize Σ_k importance_k (w_k − ŵ_k)².
 
-    The range of each group is shrunk by each factor of `SHRINK`; the scale is rounded to its stored dtype before the
-    error is measured. `importance_K` [..., K] is usually the diagonal of the Hessian; None weighs inputs alike.
+    The range of each group is shrunk at both ends by each factor of `SHRINK`; the scale is rounded to its stored dtype
+    before the error is measured. `importance_K` [..., K] is usually the diagonal of the Hessian; None: all alike.
     """
     lead, (n, k) = w_NK.shape[:-2], w_NK.shape[-2:]
     groups, width = spec.groups(k), spec.width(k)
@@ -49,7 +49,7 @@ def fit_scales(w_NK: Tensor, spec: WeightSpec, *, importance_K: Tensor | None = 
 
 
 def _search(w: Tensor, spec: WeightSpec, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`w` [B, N, G, width] → best scale [B, N, G] and zero int8 [B, N, G] (zeros, or None, when symmetric)."""
+    """`w` [B, N, G, width] → best scale [B, N, G] and zero int8 [B, N, G] (None when symmetric)."""
     if kernels.serve(w):
         from klquant.quantize.kernels import scales
 
@@ -64,17 +64,16 @@ def _search(w: Tensor, spec: WeightSpec, weight: Tensor | None) -> tuple[Tensor,
     full = torch.where(full > 0, full, 1.0)
     best = torch.full_like(full, torch.inf)
     best_scale = torch.ones_like(full, dtype=SCALE_DTYPE)
-    best_zero = torch.zeros_like(full, dtype=torch.int8)
+    best_zero = None if spec.symmetric else torch.zeros_like(full, dtype=torch.int8)
     buffer = torch.empty_like(w)
     for factor in SHRINK[spec.bits]:
         scale = (full * factor).to(SCALE_DTYPE)
         step = scale.float().unsqueeze(-1)
         torch.div(w, step, out=buffer)
         if spec.symmetric:
-            zero = best_zero
             buffer.round_().clamp_(spec.qmin, spec.qmax).mul_(step)
         else:
-            zero = (spec.qmin - low / scale.float()).round().clamp(spec.qmin, spec.qmax)
+            zero = (spec.qmin - low * factor / scale.float()).round().clamp(spec.qmin, spec.qmax)
             shift = zero.unsqueeze(-1)
             buffer.round_().add_(shift).clamp_(spec.qmin, spec.qmax).sub_(shift).mul_(step)
             zero = zero.to(torch.int8)
@@ -83,5 +82,6 @@ def _search(w: Tensor, spec: WeightSpec, weight: Tensor | None) -> tuple[Tensor,
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
+        if best_zero is not None:
+            best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero

@@ -12,6 +12,7 @@ from klquant.checkpoint.config import KimiLinearConfig
 
 GIB = 1 << 30
 CONTEXTS = (8_192, 131_072, 1_048_576)
+GRAPHED_PROMPT = 1_024  # longest prompt that is a CUDA graph; with longer ones a GPU has more to do than the host
 PREFILL_CHUNK = 4_096  # tokens prefilled at a time; longer chunks need more workspace and gain little speed
 PAST_BLOCK = 8_192  # tokens before a chunk whose latents are expanded at a time: klquant.model.mla.LATENT_BLOCK
 RUNTIME_ESTIMATE = 3 * GIB // 4  # a device: CUDA context, kernels, captured graphs, allocator slack
@@ -156,11 +157,19 @@ def kda_state_bytes(config: KimiLinearConfig, activation_bytes: int = 2) -> int:
 def workspace_estimate(config: KimiLinearConfig, context: int, sequences: int, activation_bytes: int = 2) -> int:
     """Activations of a prefill chunk, the last one of `context` tokens in all, at their largest: an estimate.
 
-    The residual stream stays; KDA, MLA and MLP follow one another, so the largest of the three counts.
+    The residual stream stays; KDA, MLA and MLP follow one another, so the largest of the three counts. Graphs of short
+    prompts keep theirs to themselves.
     """
-    c, value = config, activation_bytes
-    tokens = min(context, PREFILL_CHUNK)
+    tokens, graphed = min(context, PREFILL_CHUNK), min(context, GRAPHED_PROMPT)
     past = min(context - tokens, PAST_BLOCK)
+    chunk = _chunk_estimate(config, tokens, past, sequences, activation_bytes)
+    logits = sequences * config.vocab_size * 4 * 2
+    return chunk + _chunk_estimate(config, graphed, 0, 1, activation_bytes) + logits
+
+
+def _chunk_estimate(config: KimiLinearConfig, tokens: int, past: int, sequences: int, value: int) -> int:
+    """Of `tokens` positions of several sequences, behind `past` expanded latents; `value`: bytes of an activation."""
+    c = config
     residual = 3 * c.hidden_size * value
     # q, k, v twice, both gates, output and the chunk kernel's intermediates, g in FP32; a state every 64 tokens
     kda = tokens * (c.kda_width * (14 * value + 4) + c.kda_width * c.kda_dim * value // 64)
@@ -174,8 +183,7 @@ def workspace_estimate(config: KimiLinearConfig, context: int, sequences: int, a
     dense = tokens * 3 * c.intermediate_size * value
     # a weight unpacked for torch's product
     unpacked = max(3 * c.kda_width, 2 * c.intermediate_size) * c.hidden_size * value
-    logits = sequences * c.vocab_size * 4 * 2
-    return tokens * residual + max(kda, mla, moe, dense) + unpacked + logits
+    return tokens * residual + max(kda, mla, moe, dense) + unpacked
 
 
 @dataclass(frozen=True)

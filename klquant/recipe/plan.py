@@ -14,6 +14,9 @@ from klquant.recipe.memory import WeightSizes
 from klquant.recipe.schema import CALIBRATED, Recipe, Rule
 from klquant.recipe.targets import DEFAULT_TARGET, apply_target
 
+# Read inside a mixer, where no calibration inputs are gathered: rounded to nearest or kept.
+UNCALIBRATED_ROLES = ("kv_b_proj", "f_b_proj", "g_b_proj")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -125,6 +128,7 @@ def make_plan(
         rule = recipe.rules[index]
         if rule.weights is not None:
             _check_group(recipe, index, key, shape)
+            _check_algorithm(recipe, index, key)
         decisions.append(Decision(key, shape, dtype, rule.weights, rule.algorithm, rule.why, index))
     return Plan(recipe, config, target, *apply_target(target, tuple(decisions), recipe))
 
@@ -208,4 +212,13 @@ def _check_group(recipe: Recipe, i: int, key: TensorKey, shape: tuple[int, ...])
         raise UserError(
             f"{recipe.at(i, 'weights')}: group_size {spec.group_size} does not divide the {shape[-1]} input features "
             f"of {key.cls} {key.role}; choose a divisor, or -1 for one scale a row"
+        )
+
+
+def _check_algorithm(recipe: Recipe, i: int, key: TensorKey) -> None:
+    algorithm = recipe.rules[i].algorithm
+    if algorithm in CALIBRATED and key.role in UNCALIBRATED_ROLES:
+        raise UserError(
+            f"{recipe.at(i, 'algorithm')}: no calibration inputs are gathered for {key.cls} {key.role}, so {algorithm} "
+            "cannot quantize it; give it a rule of its own with `algorithm: rtn`, or keep it"
         )

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from klquant.calibrate.folding import channels, fold, seams
+from klquant.calibrate import folding
+from klquant.calibrate.folding import Seam, fold
+from klquant.calibrate.paths import get
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.model.block import block
 from klquant.model.weights import LayerWeights
@@ -16,6 +18,23 @@ LAYERS = {"KDA, dense MLP": 0, "KDA, MoE": 1, "MLA, MoE": 3}
 def layer(folder, index, dtype=torch.float32):
     reader = CheckpointReader.open(folder)
     return reader.config, LayerWeights.load(reader, index, dtype, "cpu")
+
+
+def seams(weights):
+    """Every seam of the table whose fields the layer has."""
+
+    def has(path):
+        try:
+            return get(weights, path) is not None
+        except AttributeError:
+            return False
+
+    table = [seam for seam in vars(folding).values() if isinstance(seam, Seam)]
+    return [seam for seam in table if all(map(has, (seam.producer, *seam.consumers)))]
+
+
+def channels(config, weights, seam):
+    return config.kda_dim if seam.kind == "tiled" else get(weights, seam.consumers[0]).shape[-1]
 
 
 def powers(*shape, seed=0):

@@ -5,12 +5,13 @@ import torch
 
 from klquant.calibrate import sample
 from klquant.calibrate.sample import sample_windows
-from klquant.calibrate.text import calibration_windows, start_tokens
+from klquant.calibrate.text import start_tokens
 from klquant.calibrate.tokenizer import load_tokenizer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.errors import UserError
 from klquant.model.forward import Model
+from tests.calibrate.build import calibration_windows
 
 CPU = WalkSettings(torch.device("cpu"), torch.float32, batch=4)
 

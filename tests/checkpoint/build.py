@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.index import PROVENANCE
 from klquant.checkpoint.names import TensorClass, TensorKey, parse_name
 from klquant.checkpoint.quantized import compress, quantization_config
 from klquant.checkpoint.scheme import linear_modules
-from klquant.checkpoint.verify import PROVENANCE
 from klquant.checkpoint.writer import layer_units, plan_shards, write_index, write_json, write_safetensors
 from klquant.core.grid import Quantized, encode
 from klquant.core.spec import WeightSpec

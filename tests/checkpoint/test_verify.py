@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from klquant.checkpoint.index import INDEX
+from klquant.checkpoint.index import INDEX, PROVENANCE
 from klquant.checkpoint.reader import CheckpointReader
-from klquant.checkpoint.verify import PROVENANCE, verify
+from klquant.checkpoint.verify import verify
 from tests.checkpoint.build import edit_json, quantized_checkpoint
 from tests.tiny import tiny_config
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from klquant.checkpoint.verify import PROVENANCE
+from klquant.checkpoint.index import PROVENANCE
 from klquant.cli.findings import quantiles
 from klquant.cli.main import main
 from klquant.core.spec import WeightSpec

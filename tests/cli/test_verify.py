@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from klquant.checkpoint.verify import PROVENANCE
+from klquant.checkpoint.index import PROVENANCE
 from klquant.cli.main import main
 from tests.checkpoint.build import quantized_checkpoint
 from tests.tiny import tiny_config

@@ -275,6 +275,74 @@ def test_what_a_stop_text_cut_off_was_not_said(loaded):
     assert chat.session.answer().tokens == engine.generate([chat.messages[:-1]], GREEDY)[0].tokens
 
 
+def all_free(engine):
+    scheduler = engine.loop.scheduler
+    return not engine.loop.jobs and scheduler.pages.free == LIMITS.pages and scheduler.slots.free == LIMITS.max_batch
+
+
+def test_a_sessions_older_stream_does_not_end_its_newer_one(loaded):
+    engine = make(loaded)
+    with Session(engine) as session:
+        older = session.stream(random_ids(10), GREEDY)
+        next(older)
+        newer = session.stream(random_ids(12), GREEDY)
+        older.close()
+        assert [d.finish for d in newer][-1] == "length"
+    assert all_free(engine)
+
+
+def test_a_stream_that_nobody_looked_at_can_be_closed(loaded):
+    engine = make(loaded)
+    engine.stream(PROMPTS[0], GREEDY).close()
+    assert all_free(engine)
+    chat = Chat(engine)
+    chat.ask("one", GREEDY)
+    answer = list(chat.ask("two", GREEDY))
+    assert answer[-1].finish == "length" and [m["content"] for m in chat.messages[:3]] == ["one", "", "two"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_step_that_fails_ends_what_had_begun_and_nothing_else(loaded, monkeypatch, error):
+    """In the middle of a prompt of a session, beside an answer, before a request that waits."""
+    engine = make(loaded, max_batch=2)
+    ids = random_ids(100)
+    with Session(engine) as session:
+        beside, turn = engine.stream(PROMPTS[0], GREEDY), session.stream(ids, GREEDY)
+        waiting = engine.stream(PROMPTS[1], GREEDY)
+        next(beside)
+
+        def fail(*_):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(engine.runner, "prefill", fail)
+            list(turn)
+        assert session.computed == 0
+        assert [d.finish for d in beside][-1] == "error"
+        assert "".join(d.text for d in waiting) == make(loaded).generate([PROMPTS[1]], GREEDY)[0].text
+        list(session.stream([*ids, 7], GREEDY))
+        assert session.answer().tokens == make(loaded).generate([[*ids, 7]], GREEDY)[0].tokens
+    assert not engine.loop.jobs and engine.loop.scheduler.slots.free == 2
+
+
+def test_closing_an_engine_ends_its_streams(loaded):
+    engine = make(loaded)
+    stream, session = engine.stream(PROMPTS[0], GREEDY), Session(engine)
+    next(stream)
+    session.stream(PROMPTS[1], GREEDY)
+    engine.close()
+    engine.close()
+    assert [d.finish for d in stream][-1] == "cancelled"
+    session.reset()
+
+
+def test_a_second_thread_is_refused(loaded):
+    engine = make(loaded)
+    with engine.loop._stepping, pytest.raises(RuntimeError, match="another thread is at a step"):
+        engine.generate([PROMPTS[0]], GREEDY)
+    assert all_free(engine)
+
+
 def test_idle_sessions_do_not_make_others_wait_for_ever(loaded):
     engine = make(loaded, cache_tokens=256)
     with Session(engine) as session:

@@ -1,5 +1,6 @@
 """On a CUDA GPU: graphs give what eager steps give, and BF16 answers hold to the same rules as FP32 ones on a CPU."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ from klquant.engine.build import OneDevice
 from klquant.engine.engine import Engine
 from klquant.engine.limits import Limits
 from klquant.engine.load import load_weights
+from klquant.engine.prefill import Span
 from klquant.engine.request import SamplingParams
+from klquant.engine.runner import BEFORE_GRAPH, GRAPHED
 from klquant.engine.session import Session
 from klquant.model.forward import Model
 from tests.model.oracle import oracle
@@ -56,6 +59,32 @@ def test_graphs_give_what_eager_steps_give(trained, params):
         got = Engine(*trained, LIMITS, ahead=ahead).generate(texts, params)
         assert [a.tokens for a in got] == [a.tokens for a in want]
         assert all(a.error is None for a in got)
+
+
+def test_a_prompt_in_a_graph_is_the_prompt(trained):
+    """Padded to the graph's rows, with another sequence in slot 0 while it is captured, and replayed."""
+    runner = Engine(*trained, LIMITS).runner
+    texts, seed = prompts(trained[1]), GREEDY.with_seed()
+
+    def prefill(ids, slot, met):
+        runner._met = Counter(dict.fromkeys(GRAPHED, met))
+        runner.bind(slot, range(8 * slot, 8 * slot + 8), seed, ids, fresh=True)
+        h = runner.prefill([Span(ids, slot, 0)]).clone()
+        kda = [pool for stage in runner.stages for pool in stage.state.kda.values()]
+        return h, *(t[slot].clone() for pool in kda for t in (pool.s, pool.conv))
+
+    others = prefill(texts[6], 0, 0)
+    for ids in (texts[5], texts[1], texts[4], texts[5]):
+        want, got = prefill(ids, 1, 0), prefill(ids, 1, BEFORE_GRAPH)
+        assert all(
+            ((a.double() - b.double()).norm() / b.double().norm()).item() < 2**-5
+            for a, b in zip(got, want, strict=True)
+        )
+    assert any(key[0] == "prompt" for graphs in runner._graphs.values() for key in graphs._captured)
+    kda = [pool for stage in runner.stages for pool in stage.state.kda.values()]
+    assert all(
+        torch.equal(t[0], other) for t, other in zip((t for p in kda for t in (p.s, p.conv)), others[1:], strict=True)
+    )
 
 
 def test_most_tokens_are_the_fp32_models(trained, demo_model):

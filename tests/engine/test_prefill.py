@@ -7,7 +7,7 @@ import torch
 
 from klquant.engine import prefill
 from klquant.engine.build import OneDevice
-from klquant.engine.prefill import ChunkRows, Span, prefill_layer
+from klquant.engine.prefill import ChunkRows, Span, numbers, prefill_layer
 from klquant.engine.state import DeviceState
 from klquant.engine.synthetic import random_weights, synthetic_outline
 from klquant.model.block import block, new_state
@@ -38,8 +38,8 @@ def case(device, dtype):
     state.clear(SLOT)
     starts = [sum(CHUNKS[:i]) for i in range(len(CHUNKS) + 1)]
     x_SC = torch.randn(starts[-1], CONFIG.hidden_size, device=device).to(dtype)
-    chunks = [ChunkRows.of(state, [Span(range(a, b), SLOT, a)]) for a, b in pairwise(starts)]
-    return weights, state, x_SC, chunks
+    spans = [Span(range(a, b), SLOT, a) for a, b in pairwise(starts)]
+    return weights, state, x_SC, spans
 
 
 def relative(got, want):
@@ -49,13 +49,12 @@ def relative(got, want):
 def check_mixers(device, dtype, limit, monkeypatch):
     """Each chunk by both paths from states of their own; past latents in more than one block."""
     monkeypatch.setattr("klquant.model.mla.LATENT_BLOCK", 50)
-    weights, state, x_SC, chunks = case(device, dtype)
+    weights, state, x_SC, spans = case(device, dtype)
     for layer, ours, models in ((KDA, prefill.kda_mix, kda_mix), (MLA, prefill.mla_mix, mla_mix)):
         w, other = weights.layers[layer], new_state(CONFIG, layer, 1, dtype, device)
-        for chunk in chunks:
-            (span,) = chunk.spans
+        for span in spans:
             x = x_SC[span.start : span.stop]
-            got = ours(CONFIG, layer, w.fused, x, state, chunk)
+            got = ours(CONFIG, layer, w.fused, x, state, ChunkRows.of(state, [span]))
             want = models(CONFIG, w.model.attn, x[None], other)[0]
             assert got.dtype == dtype
             assert relative(got, want) < limit, (layer, span.start)
@@ -96,6 +95,51 @@ def test_mixers(monkeypatch):
     check_mixers("cpu", torch.float32, 1e-5, monkeypatch)
 
 
+def check_padding(device, dtype, limit):
+    """A prompt alone and with padding behind it, in a slot that another sequence left: the same, and no trace of what
+    the padding holds."""
+    weights, state, x_SC, _ = case(device, dtype)
+    for layer, ours in ((KDA, prefill.kda_mix), (MLA, prefill.mla_mix)):
+        w, found = weights.layers[layer].fused, []
+        for count in (1, 2, 5, 64, 70):
+            span = Span(range(count), SLOT, 0)
+            for rows, fill in ((count, 0), (96, 1.0), (96, -30.0)):
+                state.clear(SLOT)
+                chunk = ChunkRows.of(state, [span])
+                if rows > count:
+                    chunk = ChunkRows.padded(state, numbers([span], rows).to(device))
+                x = torch.cat([x_SC[:count], torch.full((rows - count, x_SC.shape[1]), fill).to(x_SC)])
+                y = ours(CONFIG, layer, w, x, state, chunk)
+                assert y.isfinite().all()
+                found.append([y[:count]])
+                if layer == KDA:
+                    found[-1] += [state.kda[layer].s[SLOT].clone(), state.kda[layer].conv[SLOT].clone()]
+            for padded in found[-2:]:
+                assert all(relative(a, b) < limit for a, b in zip(padded, found[-3], strict=True)), (layer, count)
+
+
+@torch.no_grad()
+def test_padding_behind_a_prompt():
+    check_padding("cpu", torch.float32, 1e-5)
+
+
+@torch.no_grad()
+def test_nothing_but_padding_leaves_a_slot_as_it_is():
+    weights, state, x_SC, _ = case("cpu", torch.float32)
+    for each in (*state.kda.values(),):
+        each.s.normal_(), each.conv.normal_()
+    for pages in state.latent.values():
+        pages.data.normal_()
+    before = [t.clone() for each in state.kda.values() for t in (each.s, each.conv)]
+    latents = [pages.data.clone() for pages in state.latent.values()]
+    chunk = ChunkRows.padded(state, numbers([Span((), 0, 0)], 32))
+    for layer in range(CONFIG.num_layers):
+        prefill_layer(CONFIG, layer, weights.layers[layer], (x_SC[:32], None), state, chunk)
+    after = [t for each in state.kda.values() for t in (each.s, each.conv)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b.data) for a, b in zip(latents, state.latent.values(), strict=True))
+
+
 @torch.no_grad()
 def test_mixers_of_several_sequences():
     check_sequences_together("cpu", torch.float32, 1e-5)
@@ -124,6 +168,12 @@ def test_mixers_on_a_gpu(monkeypatch):
 
 @pytest.mark.gpu
 @torch.no_grad()
+def test_padding_behind_a_prompt_on_a_gpu():
+    check_padding("cuda", torch.bfloat16, 2**-7)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
 def test_mixers_of_several_sequences_on_a_gpu():
     check_sequences_together("cuda", torch.bfloat16, 2**-7)
 
@@ -132,10 +182,9 @@ def test_mixers_of_several_sequences_on_a_gpu():
 @torch.no_grad()
 def test_a_layer_on_a_gpu():
     """The dense one: rounding moves no routes there."""
-    weights, state, x_SC, chunks = case("cuda", torch.bfloat16)
+    weights, state, x_SC, spans = case("cuda", torch.bfloat16)
     w, other = weights.layers[0], new_state(CONFIG, 0, 1, torch.bfloat16, "cuda")
-    for chunk in chunks:
-        (span,) = chunk.spans
+    for span in spans:
         x = x_SC[span.start : span.stop]
-        h, delta = prefill_layer(CONFIG, 0, w, (x, None), state, chunk)
+        h, delta = prefill_layer(CONFIG, 0, w, (x, None), state, ChunkRows.of(state, [span]))
         assert relative(h + delta, block(CONFIG, w.model, x[None], other)[0]) < 2**-7

@@ -63,8 +63,9 @@ def test_a_recommendation_that_cannot_be_used_is_refused_by_name(says, content, 
 @pytest.mark.parametrize(
     ("name", "values", "wanted"),
     [
-        ("temperature", (-1.0, 1e-5, float("inf"), float("nan")), r"0 \(the likeliest token\) or at least 0\.0001"),
-        ("top_k", (-1, 2.5), "a whole number"),
+        ("temperature", (-1.0, 1e-5, 1e39, float("inf"), float("nan")), r"0 \(the likeliest token\), or from 0\.0001"),
+        ("top_k", (-1, 2.5, 1 << 70), "a whole number"),
+        ("repetition_penalty", (0.0, -1.0, 1e39, float("nan")), "from 0.000001 to"),
     ],
 )
 def test_what_no_distribution_has_is_refused(name, values, wanted):

@@ -5,6 +5,7 @@ import torch
 
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CheckpointReader
+from klquant.engine import runner as module
 from klquant.engine.build import OneDevice
 from klquant.engine.load import load_weights
 from klquant.engine.prefill import Span
@@ -66,8 +67,6 @@ class Forced:
 
     def __init__(self, runner, monkeypatch):
         self.runner, self.logits = runner, []
-        from klquant.engine import runner as module
-
         real = module.sample
 
         def spy(logits, *rest):
@@ -167,6 +166,48 @@ def test_prompts_side_by_side_are_prompts_alone(weights, monkeypatch):
         for i, step in enumerate(steps):
             assert (step[row] - forced.step({1: 7 + i})[0]).abs().max() < 1e-4
         monkeypatch.undo()
+
+
+def test_a_prompt_in_a_graph_is_the_prompt(weights, monkeypatch):
+    """Padded to a graph's rows and, before it is captured, run as nothing but padding; beside a sequence in slot 0."""
+
+    class Direct:
+        def run(self, key, function, inputs, harmless):
+            function(*harmless())
+            assert key[-1] == 32 * -(-used // 32)
+            return function(*inputs)
+
+    cpu, other = torch.device("cpu"), random_ids(40, 9)
+    for used in (2, 31, 32, 33, 96, 100):
+        padded, plain = make_runner(weights), make_runner(weights)
+        ids, logits = random_ids(used, used), []
+        for runner in (padded, plain):
+            begin(runner, 0, [0])
+            begin(runner, 2, [7, 3])
+            runner.prefill([Span(other, 0, 0)])
+            if runner is padded:
+                runner._graphs, runner._graphs_prompts = {cpu: Direct()}, True
+                monkeypatch.setattr(module, "BEFORE_GRAPH", 0)
+                monkeypatch.setattr(module, "GRAPHED", (32, 64, 96, 128))
+            logits.append([weights.head(weights.cfg, runner.prefill([Span(ids, 2, 0)]))])
+            runner._graphs = {}
+            forced = Forced(runner, monkeypatch)
+            logits[-1] += [forced.step({2: token, 0: token}).clone() for token in (5, 6)]
+            monkeypatch.undo()
+        for a, b in zip(*logits, strict=True):
+            assert a.shape == b.shape and (a - b).abs().max() < 1e-4
+
+
+def test_a_graph_is_made_for_what_comes_again(weights):
+    runner = make_runner(weights)
+    runner._graphs, runner._graphs_prompts = {torch.device("cpu"): None}, True
+    short, longer = Span(range(20), 0, 0), Span(range(40), 0, 0)
+    assert [runner._graphed_rows([short]) for _ in range(module.BEFORE_GRAPH + 2)] == [0] * module.BEFORE_GRAPH + [
+        32
+    ] * 2
+    assert not runner._graphed_rows([longer])
+    for spans in ([short, longer], [Span(range(20), 0, 1)], [Span([1], 0, 0)], [Span(range(2000), 0, 0)]):
+        assert not any(runner._graphed_rows(spans) for _ in range(module.BEFORE_GRAPH + 2))
 
 
 def test_first_tokens_are_each_prompts_own(weights):

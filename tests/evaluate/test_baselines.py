@@ -125,7 +125,7 @@ def test_of_each_method_only_what_differs(bnb, reader):
 
 def test_a_quantized_model_has_no_baselines(tmp_path):
     quantized_checkpoint(tmp_path / "int4", tiny_config())
-    with pytest.raises(UserError, match="is quantized already; give the 16-bit checkpoint"):
+    with pytest.raises(UserError, match="is quantized already; give the 16-bit one"):
         plan_for(QuantizedReader.open(tmp_path / "int4"), recipe())
 
 

@@ -229,6 +229,6 @@ def test_window_files_hold_what_they_say(variant, tiny, options, tmp_path):
 
 def test_a_quantized_reference_is_refused(tiny, options, tmp_path):
     quantized_checkpoint(tmp_path / "quantized", tiny_config())
-    with pytest.raises(UserError, match="is quantized already; give the 16-bit checkpoint"):
+    with pytest.raises(UserError, match="is quantized already; give the 16-bit one"):
         evaluate(tiny, tmp_path / "quantized", tmp_path / "r.json", options)
     assert not (tmp_path / "r.json").exists()

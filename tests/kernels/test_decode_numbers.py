@@ -369,6 +369,17 @@ def test_equal_experts_go_by_index(one_launch):
     assert expert.tolist() == [[3, 40, 41, 66, 0, 1, 2]] * 2
 
 
+def check_nearly_best(weight, expert, x, weights, bias, scale):
+    """Place by place as good a choice as the best: sums in another order may swap two that are nearly equal."""
+    score = torch.nn.functional.linear(x, weights).sigmoid()
+    choice, chosen = score + bias, expert.long()
+    best = choice.topk(chosen.shape[1]).values
+    assert torch.allclose(choice.gather(1, chosen), best, rtol=0, atol=1e-5)
+    assert (chosen.sort().values.diff() > 0).all(), "an expert twice"
+    own = score.gather(1, chosen)
+    assert torch.allclose(weight, scale * own / own.sum(1, keepdim=True), rtol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 4, 8, 64])
 def test_a_captured_router_counts_anew(tokens):
@@ -394,12 +405,7 @@ def test_a_captured_router_counts_anew(tokens):
         first = [t.clone() for t in captured]
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
-        weight, expert = first
-        want, chosen = router.route_tokens(rms_norm(h, norm.float(), 1e-5), weights, bias, 8, 2.446, True)
-        # Sums in another order may swap two scores that are nearly equal.
-        same = (expert == chosen).all(-1)
-        assert same.float().mean() > 0.95 or tokens == 1
-        assert torch.allclose(weight[same], want[same], rtol=1e-4)
+        check_nearly_best(*first, rms_norm(h, norm.float(), 1e-5), weights, bias, 2.446)
 
 
 @pytest.mark.gpu

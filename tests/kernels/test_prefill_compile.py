@@ -26,7 +26,8 @@ def chunks(dtype: torch.dtype) -> Iterator:
     tail, border = meta(1, 3 * width, TAPS - 1, dtype=dtype), torch.tensor([0, 40, TOKENS])
     low = meta(8, TOKENS, 2 * LOW + HEADS, dtype=dtype)[..., 2 * LOW :]
     two = (meta(2, 3 * width, TAPS - 1, dtype=dtype), Borders(border, border.to("meta")))
-    for batch, *rest in ((1, tail), (8, None), (1, *two)):
+    padded = Borders(None, meta(2, dtype=torch.int64))
+    for batch, *rest in ((1, tail), (8, None), (1, *two), (1, tail, padded)):
         yield lambda batch=batch, rest=rest: kda.prefill_inputs(
             meta(batch, TOKENS, 3 * width, dtype=dtype), low[:batch], meta(3 * width, TAPS, dtype=dtype), *rest
         )

@@ -72,6 +72,27 @@ def test_prefill_inputs_of_sequences_one_behind_the_other(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 2, 32, 70])
+def test_prefill_inputs_before_padding(count, dtype):
+    heads, dim, taps, rows = 2, 16, 4, 70
+    borders = Borders(None, torch.tensor([0, count], device=DEVICE))
+    weights = (torch.randn(3 * heads * dim, taps) / taps**0.5).to(dtype)
+    tail = torch.randn(1, 3 * heads * dim, taps - 1).to(dtype)
+    qkv, b = torch.randn(1, rows, 3 * heads * dim).to(dtype), torch.randn(1, rows, heads).to(dtype)
+    qkv[:, count:], b[:, count:] = NAN, NAN
+    want_tail, got_tail = tail.double(), tail.to(DEVICE)
+    got = kda_prefill.prefill_inputs(rows_of(qkv), rows_of(b), weights.to(DEVICE), got_tail, borders)
+    on_cpu = Borders(None, borders.device.cpu())
+    want = kda_reference.prefill_inputs(qkv.double(), b.double(), weights.double(), want_tail, on_cpu)
+    for x, y in zip(got, want, strict=True):
+        assert x.shape == y.shape
+        assert not x[:, count:].any() and not y[:, count:].any()
+        assert not count or error(x[:, :count], y[:, :count]) < (LIMIT[dtype] if x.dtype == dtype else 1e-6)
+    assert torch.equal(got_tail.cpu().double(), want_tail)
+    assert count or torch.equal(want_tail, tail.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 16), (5, 3, 40), (70, 2, 64)])
 def test_gated_rms_norm(rows, heads, dim, dtype):
     gate, weight = torch.randn(rows, heads, dim).to(dtype), torch.randn(dim).to(dtype)
@@ -94,6 +115,11 @@ def test_read_latent(stored, dtype):
         want = mla_reference.read_latent(pages, at[start:stop], dtype)
         got = mla_prefill.read_latent(on_device(pages), at[start:stop].to(DEVICE), dtype)
         assert torch.equal(got.cpu(), want)
+    at[5:20] = -1
+    want = mla_reference.read_latent(pages, at, dtype)
+    assert not want[5:20].any() and torch.equal(
+        mla_prefill.read_latent(on_device(pages), at.to(DEVICE), dtype).cpu(), want
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

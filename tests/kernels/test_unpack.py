@@ -51,7 +51,7 @@ def emulate(asm: str, dtype: torch.dtype, **registers: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_ptx_unpacks_every_code(bits, dtype):
-    from klquant.kernels.bricks import _unpack_asm
+    from klquant.kernels.bricks import unpack_asm
 
     torch.manual_seed(0)
     width = 16 // FIELDS[bits]
@@ -65,7 +65,7 @@ def test_ptx_unpacks_every_code(bits, dtype):
             code |= ((high >> field) & 1) << width
         pack = words[:, 0] | words[:, 1] << 16
         beside = widened[:, 0] | widened[:, 1] << 16
-        out = emulate(_unpack_asm(bits, field, dtype == torch.bfloat16), dtype, r1=pack, r2=beside)
+        out = emulate(unpack_asm(bits, field, dtype == torch.bfloat16), dtype, r1=pack, r2=beside)
         pair = torch.stack((out & 0xFFFF, out >> 16), -1)
         values = torch.where(pair < 0x8000, pair, pair - 0x10000).to(torch.int16).view(dtype)
         assert torch.equal(values.long(), code - (1 << (bits - 1)))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from klquant.model.delta import delta_path, kda_chunk, kda_chunk_fla, kda_naive, kda_step
+from klquant.model.delta import delta_path, kda_chunk, kda_chunk_fla, kda_step
 from tests.alone import Alone, in_threads
 
 
@@ -18,6 +18,15 @@ def inputs(length, decay, *, batch=2, heads=3, dim=16, dtype=torch.float64, seed
     beta = torch.rand(batch, length, heads, generator=gen, dtype=dtype)
     state = torch.randn(batch, heads, dim, dim, generator=gen, dtype=dtype)
     return q, k, v, g, beta, state
+
+
+def kda_naive(q, k, v, g, beta, state=None):
+    """The recurrence, one position after the other."""
+    steps = []
+    for t in range(q.shape[1]):
+        o, state = kda_step(*(x[:, t : t + 1] for x in (q, k, v, g, beta)), state)
+        steps.append(o)
+    return torch.cat(steps, 1), state
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])

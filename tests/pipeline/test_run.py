@@ -15,8 +15,10 @@ from klquant.checkpoint.index import read_json
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.verify import verify
+from klquant.core.spec import WeightSpec
 from klquant.errors import UserError
 from klquant.pipeline.report import Silent, UnitDone
+from klquant.quantize.rtn import rtn
 from tests.pipeline.build import ROUND, RULES, TEXT, digests, recipe, run, unfinished, weights
 from tests.recipe.build import WIDE
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tensors, write_checkpoint
@@ -116,14 +118,29 @@ def test_a_watcher_hears_everything_in_order(model, tmp_path):
     assert sum(s.nbytes for s in log.summaries) == sizes
 
 
-@pytest.fixture(scope="module", params=[RULES, RULES.replace("gptq", "awq")], ids=["gptq", "awq"])
-def in_blocks(model, tmp_path_factory, request):
+DOWN_ONLY = "\n  - {tensors: routed_experts, roles: [w2], weights: {bits: 4, group_size: 32}, algorithm: awq, why: w}\n"
+
+
+@pytest.fixture(scope="module")
+def uneven(model, tmp_path_factory):
+    """Some hidden units of the experts are far more active than others: worth a scale of their own to AWQ."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("uneven") / "model")
+    level = torch.logspace(0, 3, 32, base=4).unsqueeze(-1)
+    for expert in range(4):
+        change(folder, f"{W1.format(expert)}.weight".replace("w1", "w3"), lambda w: (w * level).to(w.dtype))
+    return folder
+
+
+@pytest.fixture(
+    scope="module", params=[RULES, RULES.replace("gptq", "awq"), DOWN_ONLY], ids=["gptq", "awq", "awq of w2 alone"]
+)
+def in_blocks(uneven, tmp_path_factory, request):
     """A recipe, and the weights of its run with the experts in two blocks."""
     chosen = recipe(request.param, gptq="refine_rounds: 1")
     out = tmp_path_factory.mktemp("blocks") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(experts.BLOCK, "cpu", 2)
-        run(model, out, chosen)
+        run(uneven, out, chosen)
     return chosen, weights(out)
 
 
@@ -132,19 +149,19 @@ def blocks_of_two(monkeypatch):
     monkeypatch.setitem(experts.BLOCK, "cpu", 2)
 
 
-def test_memory_decides_nothing_but_speed(model, tmp_path, monkeypatch, in_blocks, blocks_of_two):
+def test_memory_decides_nothing_but_speed(uneven, tmp_path, monkeypatch, in_blocks, blocks_of_two):
     """One block's moments at once, streams in files."""
     monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
     monkeypatch.setattr(experts, "free_memory", lambda device: 1)
     log = Log()
-    run(model, tmp_path / "out", in_blocks[0], watcher=log)
-    assert ("layer 1", "experts 0–1: w1, w3") in log.phases
+    run(uneven, tmp_path / "out", in_blocks[0], watcher=log)
+    assert ("layer 1", "experts 0–1: w2") in log.phases
     assert any("are kept in files beside the output" in note for note in log.notes)
     assert weights(tmp_path / "out") == in_blocks[1]
 
 
 @pytest.mark.parametrize("group", [1, 2])
-def test_two_devices_write_the_bytes_of_one(group, model, tmp_path, monkeypatch, in_blocks, blocks_of_two):
+def test_two_devices_write_the_bytes_of_one(group, uneven, tmp_path, monkeypatch, in_blocks, blocks_of_two):
     """They share the experts, and the groups of batches where each is summed by itself, as on cards."""
     monkeypatch.setattr(sharing, "SPLIT", {"cpu"})
     monkeypatch.setattr(sharing, "GROUP", group)
@@ -153,16 +170,18 @@ def test_two_devices_write_the_bytes_of_one(group, model, tmp_path, monkeypatch,
     real, real_norm = experts._quantize_blocks, LayerWalk.norm
     monkeypatch.setattr(experts, "_quantize_blocks", lambda *args: (shares.append(args[1]), real(*args)))
     monkeypatch.setattr(LayerWalk, "norm", lambda *args: (batches.append(threading.get_ident()), real_norm(*args))[1])
-    run(model, tmp_path / "one", in_blocks[0])
+    run(uneven, tmp_path / "one", in_blocks[0])
     assert [len(blocks) for blocks in shares] == [2] and len(set(batches)) == 1
     shares.clear(), batches.clear()
-    run(model, tmp_path / "two", in_blocks[0], device="cpu,cpu")
+    run(uneven, tmp_path / "two", in_blocks[0], device="cpu,cpu")
     assert [len(blocks) for blocks in shares] == [1, 1] and len(set(batches)) > 1
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
 @pytest.mark.parametrize(("owner", "name"), [(experts, "_hidden_moments"), (LayerWalk, "fit")])
-def test_running_out_of_memory_makes_smaller_steps(model, tmp_path, monkeypatch, in_blocks, blocks_of_two, owner, name):
+def test_running_out_of_memory_makes_smaller_steps(
+    uneven, tmp_path, monkeypatch, in_blocks, blocks_of_two, owner, name
+):
     """While moments are summed, and when a block's w2 is fitted, its scale folded already."""
     real, failed = getattr(owner, name), []
 
@@ -174,7 +193,7 @@ def test_running_out_of_memory_makes_smaller_steps(model, tmp_path, monkeypatch,
 
     monkeypatch.setattr(owner, name, once)
     log = Log()
-    run(model, tmp_path / "out", in_blocks[0], watcher=log)
+    run(uneven, tmp_path / "out", in_blocks[0], watcher=log)
     assert failed and "cpu: out of memory: moments of 2 experts at once" in log.summaries[2].fallbacks
     assert weights(tmp_path / "out") == in_blocks[1]
 
@@ -257,6 +276,26 @@ def test_experts_that_see_no_token_are_quantized_named_and_counted(copied, tmp_p
     log = Log()
     run(copied, tmp_path / "again", watcher=log)
     assert len(log.summaries[2].fallbacks) == 3
+    rounded = run(copied, tmp_path / "rounded", recipe(RULES.replace("gptq", "rtn", 1)))
+    assert rounded["tensors"][W1.format(2)]["tokens"] == 0 and rounded["fallbacks"] == []
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+def test_inputs_that_calibration_never_saw_keep_their_weights(copied, tmp_path, algorithm):
+    """About as well as RTN does, but for the length that AWQ's scale may give the column."""
+    norm, name = (f"model.layers.0.{x}.weight" for x in ("input_layernorm", "self_attn.q_proj"))
+    level = torch.logspace(-2, 1, 64)
+    level[10] = 0
+    change(copied, norm, lambda w: (w * level).to(w.dtype))
+    rules = f"\n  - {{tensors: kda_proj, weights: {{bits: 8, group_size: 32}}, algorithm: {algorithm}, why: w}}\n"
+    run(copied, tmp_path / "out", recipe(rules, gptq="refine_rounds: 2"))
+    exact, found = (
+        reader.open(folder).weight(name, torch.float32)
+        for reader, folder in ((CheckpointReader, copied), (QuantizedReader, tmp_path / "out"))
+    )
+    rounded = rtn(exact, WeightSpec(bits=8, group_size=32)).decode()
+    lost, by_rounding = (1 - torch.cosine_similarity(exact.double(), w.double(), dim=0)[10] for w in (found, rounded))
+    assert lost < 1.5 * by_rounding
 
 
 def test_text_is_drawn_until_the_experts_are_covered(model, tmp_path):

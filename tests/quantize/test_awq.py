@@ -1,9 +1,12 @@
+import pytest
 import torch
 
+from klquant.core.grid import Quantized, encode
 from klquant.core.spec import WeightSpec
-from klquant.quantize.awq import Consumer, clipped, search_scale
+from klquant.quantize.awq import CLIP, Consumer, _full_scale, clipped, search_scale
 from klquant.quantize.gptq import layer_loss
 from klquant.quantize.rtn import rtn
+from tests.quantize import test_gptq
 
 N, K = 48, 128
 SPEC = WeightSpec(bits=4, group_size=128)
@@ -55,13 +58,33 @@ def test_even_activity_leaves_the_weight_alone():
     assert bool((scale == 1).all())
 
 
-def test_clipping_lowers_the_loss_of_each_group():
-    for spec in (SPEC, WeightSpec(bits=3, group_size=32), WeightSpec(bits=4, group_size=32, symmetric=False)):
-        w, h = problem(4)
-        w[:, ::7] *= w.abs()[:, ::7]  # outliers worth clipping
-        for g in range(K // 32):
-            part = slice(32 * g, 32 * g + 32)
-            block = h[:, part, part]
-            found, plain = clipped(w, h, spec).decode(), rtn(w, spec).decode()
-            losses = [layer_loss((w - v)[..., part], block).sum() for v in (found, plain)]
-            assert losses[0] < 1.05 * losses[1]
+CLIPPED = [SPEC, WeightSpec(bits=3, group_size=32), WeightSpec(bits=4, group_size=32, symmetric=False)]
+
+
+def group_losses(d, h, spec):
+    """d_g H_gg d_gᵀ of every row and group, [E, N, G]."""
+    width = spec.width(K)
+    parts = [slice(start, start + width) for start in range(0, K, width)]
+    return torch.stack([((d[..., p] @ h[:, p, p]) * d[..., p]).sum(-1) for p in parts], -1)
+
+
+@pytest.mark.parametrize("spec", CLIPPED, ids=str)
+def test_no_other_clipping_of_a_group_loses_less(spec):
+    w, h = problem(4)
+    w[:, ::7] *= w.abs()[:, ::7]  # outliers worth clipping
+    found = group_losses(w - clipped(w, h, spec).decode(), h, spec)
+    for shrink in CLIP:
+        scale, zero = _full_scale(w.unflatten(-1, (-1, spec.width(K))), spec, shrink)
+        other = Quantized(spec, encode(w, scale, zero, spec), scale, zero)
+        assert bool((found <= group_losses(w - other.decode(), h, spec) * (1 + 1e-4)).all()), shrink
+
+
+@pytest.mark.parametrize("spec", CLIPPED, ids=str)
+@pytest.mark.parametrize("unseen", [slice(12, 13), slice(32, 64)], ids=["one input", "a group"])
+def test_clipping_spares_inputs_never_seen(spec, unseen):
+    """About as well as RTN does, though one of them sets the range of its group."""
+    w, h = test_gptq.problem(8, k=K)
+    h[:, unseen], h[:, :, unseen] = 0, 0
+    w[..., unseen.start] *= 3
+    ours, plain = ((w - q.decode())[..., unseen].square().sum() for q in (clipped(w, h, spec), rtn(w, spec)))
+    assert float(ours) < 1.5 * float(plain)

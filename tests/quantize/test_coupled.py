@@ -4,7 +4,7 @@ import torch
 
 from klquant.core.spec import WeightSpec
 from klquant.quantize.coupled import coupled_gptq
-from klquant.quantize.gptq import gptq, layer_loss
+from klquant.quantize.gptq import gptq
 
 E, N, K = 2, 100, 64
 SPEC = WeightSpec(bits=3, group_size=32)
@@ -29,7 +29,7 @@ def test_the_loss_in_the_metric_falls_at_little_cost_without_it():
     plain = gptq(w, h, SPEC, damp=0.05, rounds=2)
     coupled = coupled_gptq(w, h, metric, SPEC, damp=0.05, rounds=2)
     assert loss(w, h, metric, coupled) < 0.8 * loss(w, h, metric, plain)
-    assert float(coupled.loss.sum()) < 1.6 * float(plain.loss.sum())
+    assert loss(w, h, torch.eye(N), coupled) < 1.6 * loss(w, h, torch.eye(N), plain)
 
 
 def test_without_coupling_it_is_gptq():
@@ -45,9 +45,3 @@ def test_rows_come_back_where_they_were():
     plain, coupled = (f(w, h, *m, SPEC, damp=0.05, rounds=0) for f, m in ((gptq, ()), (coupled_gptq, (order.diag(),))))
     torch.testing.assert_close(plain.quantized.scale, coupled.quantized.scale)
     assert (plain.quantized.codes != coupled.quantized.codes).float().mean() < 0.002
-
-
-def test_the_loss_reported_is_without_the_metric():
-    w, h, metric = problem(3)
-    result = coupled_gptq(w, h, metric, SPEC, damp=0.05, rounds=1)
-    torch.testing.assert_close(result.loss, layer_loss(w - result.quantized.decode(), h), rtol=1e-3, atol=0)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from klquant.core.spec import WeightSpec
-from klquant.quantize.gptq import descend, gptq, inverse_factor, layer_loss, refit_scales
+from klquant.quantize.factor import inverse_factor
+from klquant.quantize.gptq import descend, gptq, layer_loss, refit_scales
 from klquant.quantize.rtn import rtn
 from tests.alone import Alone, in_threads
 
 E, N, K = 3, 24, 160
+DAMP = 0.01
 
 
 def problem(seed=0, tokens=600, k=K):
@@ -17,6 +19,10 @@ def problem(seed=0, tokens=600, k=K):
     mix = torch.randn(E, k, k, generator=gen) / k**0.5 + torch.eye(k)
     x = torch.randn(E, tokens, k, generator=gen) @ mix * torch.logspace(-1, 1, k)
     return torch.randn(E, N, k, generator=gen) / k**0.5, x.mT @ x / tokens
+
+
+def loss(w, h, result):
+    return layer_loss(w - result.quantized.decode(), h)
 
 
 SPECS = [
@@ -29,27 +35,19 @@ SPECS = [
 def test_each_stage_lowers_the_loss(spec):
     w, h = problem()
     losses = [layer_loss(w - rtn(w, spec).decode(), h)]
-    losses += [gptq(w, h, spec, rounds=rounds).loss for rounds in (0, 1, 4)]
+    losses += [loss(w, h, gptq(w, h, spec, damp=DAMP, rounds=rounds)) for rounds in (0, 1, 4)]
     for before, after in pairwise(losses):
         assert bool((after <= before * (1 + 1e-5)).all())
     assert float(losses[1].sum() / losses[0].sum()) < 0.7
-
-
-@pytest.mark.parametrize("spec", SPECS[:3], ids=str)
-def test_reported_loss_is_that_of_the_stored_codes(spec):
-    w, h = problem(1)
-    result = gptq(w, h, spec)
-    d = (w - result.quantized.decode()).double()
-    torch.testing.assert_close(result.loss, ((d @ h.double()) * d).sum((-1, -2)).float(), rtol=1e-3, atol=1e-7)
 
 
 def test_against_the_textbook_written_out():
     """The paper's algorithm on one expert, column by column with explicit inverses, in FP64."""
     w, h = problem(2, k=64)
     spec = WeightSpec(bits=4, group_size=32)
-    ours = gptq(w[:1], h[:1], spec, rounds=0, damp=0.01)
+    ours = gptq(w[:1], h[:1], spec, rounds=0, damp=DAMP)
     scale = ours.quantized.scale[0].double()
-    w1, h1 = w[0].double().clone(), h[0].double() + 0.01 * h[0].diagonal().mean().double() * torch.eye(64)
+    w1, h1 = w[0].double().clone(), h[0].double() + DAMP * h[0].diagonal().mean().double() * torch.eye(64)
     left = h[0].diagonal().argsort(descending=True, stable=True).tolist()
     codes = torch.zeros(N, 64)
     while left:
@@ -67,20 +65,20 @@ def test_against_the_textbook_written_out():
 def test_experts_do_not_see_each_other():
     w, h = problem(3)
     spec = WeightSpec(bits=4, group_size=32)
-    together = gptq(w, h, spec)
+    together = gptq(w, h, spec, damp=DAMP, rounds=3)
     for e in range(E):
-        alone = gptq(w[e : e + 1], h[e : e + 1], spec)
+        alone = gptq(w[e : e + 1], h[e : e + 1], spec, damp=DAMP, rounds=3)
         assert (alone.quantized.codes[0] != together.quantized.codes[e]).float().mean() < 0.005
-        torch.testing.assert_close(alone.loss[0], together.loss[e], rtol=1e-3, atol=0)
+        torch.testing.assert_close(loss(w, h, alone)[e], loss(w, h, together)[e], rtol=1e-3, atol=0)
 
 
 def test_a_shared_hessian_serves_stacked_weights():
     """w1 and w3 as one: rows do not interact."""
     w, h = problem(4)
     spec = WeightSpec(bits=4, group_size=32)
-    both = gptq(torch.cat((w[:1], w[1:2]), dim=-2), h[:1], spec)
+    both = gptq(torch.cat((w[:1], w[1:2]), dim=-2), h[:1], spec, damp=DAMP, rounds=3)
     for i in range(2):
-        alone = gptq(w[i : i + 1], h[:1], spec)
+        alone = gptq(w[i : i + 1], h[:1], spec, damp=DAMP, rounds=3)
         assert (both.quantized.codes[:, i * N : (i + 1) * N] != alone.quantized.codes).float().mean() < 0.005
 
 
@@ -99,15 +97,15 @@ def test_damping_grows_only_where_the_factorization_fails():
     values, vectors = torch.linalg.eigh(bad[1].double())
     values[0] = -0.5 * values.mean()
     bad[1] = (vectors * values @ vectors.T).float()
-    result = gptq(w, bad, WeightSpec(bits=4, group_size=32), rounds=0)
-    assert result.damp[0] == result.damp[2] == pytest.approx(0.01)
-    assert result.damp[1] > 0.01 and bool(torch.isfinite(result.quantized.decode()).all())
+    result = gptq(w, bad, WeightSpec(bits=4, group_size=32), damp=DAMP, rounds=0)
+    assert result.damp[0] == result.damp[2] == pytest.approx(DAMP)
+    assert result.damp[1] > DAMP and bool(torch.isfinite(result.quantized.decode()).all())
 
 
 def test_no_curvature_at_all_is_an_error():
     w, h = problem(7)
     with pytest.raises(torch.linalg.LinAlgError, match="no positive curvature"):
-        gptq(w, torch.zeros_like(h), WeightSpec(bits=4, group_size=32))
+        gptq(w, torch.zeros_like(h), WeightSpec(bits=4, group_size=32), damp=DAMP, rounds=0)
 
 
 def test_what_no_damping_makes_positive_is_an_error():
@@ -115,18 +113,19 @@ def test_what_no_damping_makes_positive_is_an_error():
     h[1] = 1e9
     h[1].fill_diagonal_(1)
     with pytest.raises(torch.linalg.LinAlgError, match="stays indefinite however it is damped"):
-        gptq(w, h, WeightSpec(bits=4, group_size=32))
+        gptq(w, h, WeightSpec(bits=4, group_size=32), damp=DAMP, rounds=0)
 
 
-def test_inputs_never_seen_do_no_harm():
-    """Channels that were always zero keep their range, and the others are not disturbed."""
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_inputs_never_seen_do_no_harm(bits):
+    """Channels that were always zero are rounded about as well as by RTN, and the others better."""
     w, h = problem(8)
     h[:, 10:20], h[:, :, 10:20] = 0, 0
     w[..., 12] *= 3  # an unseen input with the largest weights of its group
-    result = gptq(w, h, WeightSpec(bits=8, group_size=32))
-    # The search for scales tries ranges down to 0.9 of the full one; an unseen input may lose no more than that.
-    assert float((result.quantized.decode() - w)[..., 10:20].abs().max()) < 0.11 * float(w[..., 10:20].abs().max())
-    assert float(result.relative.max()) < 1e-3
+    spec = WeightSpec(bits=bits, group_size=32)
+    ours, plain = (w - q.decode() for q in (gptq(w, h, spec, damp=DAMP, rounds=3).quantized, rtn(w, spec)))
+    assert float(ours[..., 10:20].abs().max()) < 1.5 * float(plain[..., 10:20].abs().max())
+    assert bool((layer_loss(ours, h) < layer_loss(plain, h)).all())
 
 
 @pytest.mark.parametrize("step", [refit_scales, descend])
@@ -142,7 +141,8 @@ def test_an_exact_weight_stays_exact():
     spec = WeightSpec(bits=4, group_size=32)
     w, h = problem(10)
     grid = rtn(w, spec).decode()
-    assert float(gptq(grid, h, spec).relative.max()) < 1e-4
+    result = gptq(grid, h, spec, damp=DAMP, rounds=3)
+    assert float((loss(grid, h, result) / layer_loss(grid, h)).max()) < 1e-4
 
 
 def test_one_thread_at_a_time_solves_for_scales(monkeypatch):

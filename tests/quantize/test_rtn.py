@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from klquant.core.grid import encode
+from klquant.core.grid import Quantized, encode
 from klquant.core.spec import WeightSpec
 from klquant.errors import UserError
-from klquant.quantize.rtn import fit_scales, rtn
+from klquant.quantize.rtn import SHRINK, fit_scales, rtn
 
 SPECS = [
     WeightSpec(bits=bits, group_size=group, symmetric=symmetric)
@@ -47,6 +47,22 @@ def test_searched_scales_beat_the_full_range(spec):
         zero = (spec.qmin - low / scale.float()).round().clamp(spec.qmin, spec.qmax).to(torch.int8)
     plain = type(q)(spec, encode(w, scale, zero, spec), scale, zero)
     assert (q.decode() - w).square().sum() <= (plain.decode() - w).square().sum()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_no_shrinking_of_both_ends_of_a_range_loses_less(bits):
+    w, spec = weights(64, 128, seed=4), WeightSpec(bits=bits, group_size=32, symmetric=False)
+
+    def loss(q):
+        return (q.decode() - w).square().unflatten(-1, (-1, 32)).sum(-1)
+
+    found = loss(rtn(w, spec))
+    low, high = (f(w.unflatten(-1, (-1, 32)), -1) for f in (torch.amin, torch.amax))
+    for factor in SHRINK[bits]:
+        scale = ((high.clamp_min(0) - low.clamp_max(0)) / (spec.qmax - spec.qmin) * factor).bfloat16()
+        zero = (spec.qmin - low.clamp_max(0) * factor / scale.float()).round().clamp(spec.qmin, spec.qmax)
+        other = Quantized(spec, encode(w, scale, zero.to(torch.int8), spec), scale, zero.to(torch.int8))
+        assert bool((found <= loss(other) * (1 + 1e-5)).all()), factor
 
 
 def test_importance_moves_the_error_away_from_what_counts():

@@ -84,6 +84,11 @@ BAD = [
      "`roles: [gate]`"),
     ([f"{{tensors: kda_gates, allow_sensitive: true, roles: [f_b_proj], {INT4}}}"],
      "r.yaml:4: group_size 128 does not divide the 64 input features of kda_gates f_b_proj"),
+    ([f"{{tensors: mla_kv_b, allow_sensitive: true, {INT4}}}".replace("rtn", "gptq")],
+     "r.yaml:4: no calibration inputs are gathered for mla_kv_b kv_b_proj, so gptq cannot quantize it; give it a rule "
+     "of its own with `algorithm: rtn`, or keep it"),
+    ([f"{{tensors: kda_gates, roles: [b_proj, g_b_proj], allow_sensitive: true, {GROUP_64}}}".replace("rtn", "awq")],
+     "r.yaml:4: no calibration inputs are gathered for kda_gates g_b_proj, so awq cannot quantize it"),
 ]  # fmt: skip
 
 

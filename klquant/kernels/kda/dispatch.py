@@ -34,7 +34,7 @@ def prefill_inputs(
     convolved and passed through SiLU, q and k then l2-normed, each rounded to qkv's dtype; β = sigmoid(b). tail
     [B, 3·F, W − 1], qkv's dtype, contiguous: the inputs before the first position, replaced by the last ones; None:
     zeros, and the last ones are not kept. With borders the S positions are those of sequences one behind the other,
-    and B is 1 but for the tails. One launch.
+    and B is 1 but for the tails; of padding all is 0. One launch.
     """
     if not qkv_BSF.is_cuda:
         return reference.prefill_inputs(qkv_BSF, b_BSH, taps_FW, tail_BFW, borders)

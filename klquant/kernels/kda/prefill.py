@@ -38,10 +38,10 @@ def _last(x, x_stride, tail, channel, count, W: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def prefill_inputs_kernel(
     qkv, qkv_stride, b, b_stride, taps, tail, borders, out, beta, count, eps,
-    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """out [3, B, S, H·D]: q, k, v; β [B, S, H]; grid (3·heads, tiles of BS positions, sequences). count: positions of a
-    sequence, or with borders of all.
+    sequence, or with borders of all. PADDED: those behind the only sequence become 0.
 
     Of all programs only a head's first in a sequence reads the head's tail, and having read it puts the new one there.
     """
@@ -78,16 +78,20 @@ def prefill_inputs_kernel(
             for i in tl.static_range(W - 1):
                 tl.store(own + channel * (W - 1) + i, new[i])
     y = (y * tl.sigmoid(y)).to(DTYPE)
+    keeps = exists
+    if PADDED:
+        # A sequence shorter than the taps has a tail that reaches beyond its end.
+        y, keeps = tl.where(exists[:, None], y, 0.0).to(DTYPE), s < total
     part = head // H
     head = head % H
     if part < 2:
         x = y.to(tl.float32)
         y = (x / tl.sqrt(tl.sum(x * x, 1) + eps)[:, None]).to(DTYPE)
     to = (part * total + first + s)[:, None] * (H * D) + (head * D + d)[None, :]
-    tl.store(out + to, y, mask=exists[:, None])
+    tl.store(out + to, y, mask=keeps[:, None])
     if part == 2:
-        logit = tl.load(b + (first + s) * b_stride + head, mask=exists, other=0.0).to(tl.float32)
-        tl.store(beta + (first + s) * H + head, tl.sigmoid(logit), mask=exists)
+        logit = tl.load(b + (first + s) * b_stride + head, mask=exists, other=float("-inf")).to(tl.float32)
+        tl.store(beta + (first + s) * H + head, tl.sigmoid(logit), mask=keeps)
 
 
 def prefill_inputs(
@@ -99,10 +103,12 @@ def prefill_inputs(
     qkv_TF, b_TH = qkv_BSF.flatten(0, 1), b_BSH.flatten(0, 1)
     out = torch.empty(3, batch, count, heads, dim, dtype=qkv_TF.dtype, device=qkv_TF.device)
     beta = torch.empty(batch, count, heads, dtype=torch.float32, device=qkv_TF.device)
-    lengths = [end - start for start, end in borders.spans] if borders else [count] * batch
+    padded = borders is not None and borders.host is None
+    lengths = [end - start for start, end in borders.spans] if borders and not padded else [count] * batch
     prefill_inputs_kernel[(3 * heads, triton.cdiv(max(lengths), POSITIONS), len(lengths))](
         qkv_TF, qkv_TF.stride(0), b_TH, b_TH.stride(0), taps_FW, tail_BFW, borders.device if borders else None, out,
         beta, count, L2_EPS,
-        H=heads, D=dim, W=taps_FW.shape[1], BW=triton.next_power_of_2(taps_FW.shape[1]), BS=POSITIONS, num_warps=4,
+        H=heads, D=dim, W=taps_FW.shape[1], BW=triton.next_power_of_2(taps_FW.shape[1]), BS=POSITIONS,
+        PADDED=padded, num_warps=4,
     )  # fmt: skip
     return *out.unbind(), beta

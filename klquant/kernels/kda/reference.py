@@ -44,6 +44,12 @@ def prefill_inputs(
     qkv_BSF: Tensor, b_BSH: Tensor, taps_FW: Tensor, tail_BFW: Tensor | None, borders: Borders | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`klquant.kernels.kda.dispatch.prefill_inputs`, in the dtype of the activations."""
+    if borders and borders.host is None:
+        count = int(borders.device[1])
+        if not count:
+            return tuple(x.new_zeros(x.shape) for x in prefill_inputs(qkv_BSF, b_BSH, taps_FW, None))
+        found = prefill_inputs(qkv_BSF[:, :count], b_BSH[:, :count], taps_FW, tail_BFW)
+        return tuple(F.pad(x, [0, 0] * (x.ndim - 2) + [0, b_BSH.shape[1] - count]) for x in found)
     if borders:
         each = [
             prefill_inputs(qkv_BSF[:, a:b], b_BSH[:, a:b], taps_FW, None if tail_BFW is None else tail_BFW[n : n + 1])

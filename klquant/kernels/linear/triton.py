@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klquant.kernels.bricks import BRICK, CHUNK, ROWS, fields, tile_product, unpack
+from klquant.kernels.bricks import BRICK, CHUNK, ROWS, Weight, fields, tile_product, unpack
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 from klquant.kernels.norm.parts import Parts
@@ -70,7 +70,7 @@ def linear_kernel(
         part = tl.program_id(2)
         each = tl.cdiv(bricks, tl.num_programs(2))
         acc = tile_product(
-            x + m.to(tl.int64) * x_stride, exists, words, high, scale, zero, tile * BN, bricks, groups,
+            x + m.to(tl.int64) * x_stride, exists, Weight(words, high, scale, zero, bricks, groups), tile * BN,
             part * each, tl.minimum(part * each + each, bricks),
             BITS, GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX,
         )  # fmt: skip

@@ -42,7 +42,7 @@ def mla_decode(
 
 
 def read_latent(pages: LatentPages, at_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """Latents [T, L] that lie at `at_T` (int64: page · S + offset), as values of `dtype`: one launch."""
+    """Latents [T, L] that lie at `at_T` (int64: page · S + offset; −1: zeros), as values of `dtype`: one launch."""
     if not at_T.is_cuda:
         return reference.read_latent(pages, at_T, dtype)
     from klquant.kernels.mla import prefill

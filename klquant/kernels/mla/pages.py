@@ -46,10 +46,10 @@ def page_position(page_T: Tensor, position_T: Tensor) -> Tensor:
 
 
 def read_latent(pages: LatentPages, at_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """The latents that lie at `at_T` (int64, `page_position`), as values [T, L]."""
+    """The latents that lie at `at_T` (int64, `page_position`; −1: zeros), as values [T, L]."""
     # Bytes, because not every operation knows FP8.
     raw = pages.data.view(torch.uint8) if pages.scale is not None else pages.data
     latent = raw.flatten(0, 1)[at_T]
-    if pages.scale is None:
-        return latent.to(dtype)
-    return (latent.view(pages.data.dtype).float() * pages.scale.flatten()[at_T, None]).to(dtype)
+    if pages.scale is not None:
+        latent = latent.view(pages.data.dtype).float() * pages.scale.flatten()[at_T, None]
+    return latent.to(dtype).masked_fill(at_T[:, None] < 0, 0)

@@ -9,20 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from klquant.kernels.mla.pages import LatentPages
+from klquant.kernels.mla.words import e4m3
 
 TOKENS = 16
-
-
-@triton.jit
-def _decode(codes, FORMAT: tl.constexpr):
-    """Codes of a page as int8 → FP32."""
-    if FORMAT == "fp8":
-        # E4M3's exponent and mantissa where FP32 has them, biases 120 apart; subnormal numbers come out right.
-        byte = codes.to(tl.int32)
-        bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
-        return bits.to(tl.float32, bitcast=True) * 2.0**120
-    else:
-        return codes.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -34,10 +23,11 @@ def read_latent_kernel(
     l = tl.arange(0, BLOCK)
     exists = t < count
     inside = exists[:, None] & (l < L)[None, :]
-    at = tl.load(place + t, mask=exists, other=0)
-    x = tl.load(data + at[:, None] * L + l[None, :], mask=inside, other=0)
+    at = tl.load(place + t, mask=exists, other=-1)
+    x = tl.load(data + at[:, None] * L + l[None, :], mask=inside & (at >= 0)[:, None], other=0)
     if FORMAT != "plain":
-        x = _decode(x, FORMAT) * tl.load(scale + at, mask=exists, other=0.0)[:, None]
+        value = e4m3(x.to(tl.int32)) if FORMAT == "fp8" else x.to(tl.float32)
+        x = value * tl.load(scale + at, mask=at >= 0, other=0.0)[:, None]
     tl.store(out + t[:, None].to(tl.int64) * L + l[None, :], x.to(out.dtype.element_ty), mask=inside)
 
 

@@ -10,7 +10,7 @@ shifted to where a 16-bit float has them it is the value times a power of two, s
 import triton
 import triton.language as tl
 
-from klquant.kernels.bricks import _AND_OR, _AND_XOR, _constants, _twice
+from klquant.kernels.ptx import AND_OR, AND_XOR, block, twice
 
 
 @triton.constexpr_function
@@ -29,24 +29,24 @@ def code_asm(format, field, bf16):
 def _int8_asm(field, bf16):
     lines = ["shr.u32 a, $1, 8;" if field else "mov.b32 a, $1;"]
     if bf16:
-        lines += [f"lop3.b32 b, a, {_twice(0x80)}, {_twice(0x4300)}, {_AND_OR};"]
-        lines += [f"lop3.b32 a, a, {_twice(0x7F)}, {_twice(0x4300)}, {_AND_OR};"]
-        lines += [f"fma.rn.bf16x2 $0, b, {_twice(0xBF80)}, a;"]
+        lines += [f"lop3.b32 b, a, {twice(0x80)}, {twice(0x4300)}, {AND_OR};"]
+        lines += [f"lop3.b32 a, a, {twice(0x7F)}, {twice(0x4300)}, {AND_OR};"]
+        lines += [f"fma.rn.bf16x2 $0, b, {twice(0xBF80)}, a;"]
     else:
-        lines += [f"lop3.b32 a, a, {_twice(0xFF)}, {_twice(0x6480)}, {_AND_XOR};"]
-        lines += [f"fma.rn.f16x2 $0, a, {_twice(0x3C00)}, {_twice(0xE480)};"]
-    return "{ .reg .b32 a, b; " + " ".join(_constants(lines)) + " }"
+        lines += [f"lop3.b32 a, a, {twice(0xFF)}, {twice(0x6480)}, {AND_XOR};"]
+        lines += [f"fma.rn.f16x2 $0, a, {twice(0x3C00)}, {twice(0xE480)};"]
+    return block(lines)
 
 
 @triton.constexpr_function
 def _fp8_asm(field, bf16):
     """Field 1 is the high byte, where the sign is in place."""
     lines = ["mov.b32 a, $1;" if field else "shl.b32 a, $1, 8;"]
-    lines += [f"shr.u32 b, a, {4 if bf16 else 1};", f"lop3.b32 b, b, {_twice(0x07F0 if bf16 else 0x3F80)}, 0, 0xC0;"]
-    lines += [f"lop3.b32 {'a' if bf16 else '$0'}, a, {_twice(0x8000)}, b, {_AND_OR};"]
+    lines += [f"shr.u32 b, a, {4 if bf16 else 1};", f"lop3.b32 b, b, {twice(0x07F0 if bf16 else 0x3F80)}, 0, 0xC0;"]
+    lines += [f"lop3.b32 {'a' if bf16 else '$0'}, a, {twice(0x8000)}, b, {AND_OR};"]
     if bf16:  # the exponents' biases differ by 120
-        lines += [f"fma.rn.bf16x2 $0, a, {_twice((127 + 120) << 7)}, {_twice(0x8000)};"]
-    return "{ .reg .b32 a, b; " + " ".join(_constants(lines)) + " }"
+        lines += [f"fma.rn.bf16x2 $0, a, {twice((127 + 120) << 7)}, {twice(0x8000)};"]
+    return block(lines)
 
 
 @triton.jit
@@ -71,6 +71,12 @@ def _codes(words, FIELD: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr
     elif FORMAT == "int8":
         return ((words << (8 - 8 * FIELD)) >> 8).to(tl.float32).to(DTYPE)
     else:
-        byte = (words.to(tl.int32) >> (8 * FIELD)) & 0xFF
-        bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
-        return (bits.to(tl.float32, bitcast=True) * (2.0**120 / unit(FORMAT, DTYPE))).to(DTYPE)
+        return (e4m3(words.to(tl.int32) >> (8 * FIELD)) / unit(FORMAT, DTYPE)).to(DTYPE)
+
+
+@triton.jit
+def e4m3(bits):
+    """FP32 of the E4M3 code in the low byte of int32 `bits`."""
+    # Its exponent and mantissa where FP32 has them, biases 120 apart; subnormal numbers come out right.
+    moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+    return moved.to(tl.float32, bitcast=True) * 2.0**120

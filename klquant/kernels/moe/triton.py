@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from klquant.kernels.bricks import tile_product
+from klquant.kernels.bricks import Weight, tile_product
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 from klquant.kernels.linear.triton import PTX, gated
@@ -35,10 +35,11 @@ def grouped_kernel(
 
     Grid (tiles of rows, `shared_tiles` tiles of tokens for the shared expert, then tiles of routes).
     """
-    _half(
-        tl.program_id(0), tl.program_id(1), x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups,
-        words_stride, scale_stride, y, rows, top, shared_x, shared_x_stride, shared_words, shared_high, shared_scale,
-        shared_zero, shared_bricks, shared_groups, shared_y, shared_rows, tokens, shared_tiles,
+    w = Weight(words, high, scale, zero, bricks, groups)
+    shared = Weight(shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups)
+    _tile_of_half(
+        tl.program_id(0), tl.program_id(1), x, x_stride, order, tiles, weight, w, words_stride, scale_stride, y, rows,
+        top, shared_x, shared_x_stride, shared, shared_y, shared_rows, tokens, shared_tiles,
         BITS, GROUP, SHARED_BITS, SHARED_GROUP, GATED, BN, BM, SPLIT, SCALED, STAGES, PTX,
     )  # fmt: skip
 
@@ -65,10 +66,11 @@ def joined_kernel(
     program = tl.program_id(0)
     if program < first_programs:
         tile = program // each
-        _half(
-            program % each, tile, x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups,
-            words_stride, scale_stride, h, inner, top, x, x_stride, shared_words, shared_high, shared_scale,
-            shared_zero, shared_bricks, shared_groups, shared_h, shared_inner, tokens, shared_tiles,
+        w = Weight(words, high, scale, zero, bricks, groups)
+        shared = Weight(shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups)
+        _tile_of_half(
+            program % each, tile, x, x_stride, order, tiles, weight, w, words_stride, scale_stride, h, inner, top,
+            x, x_stride, shared, shared_h, shared_inner, tokens, shared_tiles,
             BITS, GROUP, SHARED_BITS, SHARED_GROUP, True, BN, BM, SPLIT, False, STAGES, PTX,
         )  # fmt: skip
         tl.debug_barrier()
@@ -78,22 +80,24 @@ def joined_kernel(
         there = tl.atomic_add(made + tile, 0, sem="acquire")
         while there < each:
             there = tl.atomic_add(made + tile, 0, sem="acquire")
-        _half(
-            (program - first_programs) % second_each, tile, h, inner, order, tiles, weight, down_words, down_high,
-            down_scale, down_zero, down_bricks, down_groups, down_words_stride, down_scale_stride, y, rows, top,
-            shared_h, shared_inner, shared_down_words, shared_down_high, shared_down_scale, shared_down_zero,
-            shared_down_bricks, shared_down_groups, shared_y, shared_rows, tokens, shared_tiles,
+        down = Weight(down_words, down_high, down_scale, down_zero, down_bricks, down_groups)
+        shared_down = Weight(
+            shared_down_words, shared_down_high, shared_down_scale, shared_down_zero, shared_down_bricks,
+            shared_down_groups,
+        )  # fmt: skip
+        _tile_of_half(
+            (program - first_programs) % second_each, tile, h, inner, order, tiles, weight, down, down_words_stride,
+            down_scale_stride, y, rows, top, shared_h, shared_inner, shared_down, shared_y, shared_rows, tokens,
+            shared_tiles,
             DOWN_BITS, DOWN_GROUP, SHARED_DOWN_BITS, SHARED_DOWN_GROUP, False, DOWN_BN, BM, DOWN_SPLIT, False,
             DOWN_STAGES, PTX,
         )  # fmt: skip
 
 
 @triton.jit
-def _half(
-    row_tile, tile, x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups, words_stride,
-    scale_stride, y, rows, top,
-    shared_x, shared_x_stride, shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups,
-    shared_y, shared_rows, tokens, shared_tiles,
+def _tile_of_half(
+    row_tile, tile, x, x_stride, order, tiles, weight, w, words_stride, scale_stride, y, rows, top,
+    shared_x, shared_x_stride, shared, shared_y, shared_rows, tokens, shared_tiles,
     BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr, GATED: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr,
     PTX: tl.constexpr,
@@ -109,8 +113,7 @@ def _half(
             m = tile * BM + tl.arange(0, BM)
             exists = m < tokens
             acc = tile_product(
-                shared_x + m.to(tl.int64) * shared_x_stride, exists, shared_words, shared_high, shared_scale,
-                shared_zero, row_tile * BN, shared_bricks, shared_groups, 0, shared_bricks,
+                shared_x + m.to(tl.int64) * shared_x_stride, exists, shared, row_tile * BN, 0, shared.bricks,
                 SHARED_BITS, SHARED_GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX,
             )  # fmt: skip
             if GATED:
@@ -124,49 +127,39 @@ def _half(
         if e >= 0 and row_tile * OUT < rows:
             first = tl.load(tiles + own * 3 + 1) if order is not None else own
             last = tl.load(tiles + own * 3 + 2) if order is not None else own + 1
+            routes = row_tile, x, x_stride, order, first, last, e, weight, w, words_stride, scale_stride, y, rows, top
             # An expert's last tile is half empty half of the time, or nearly empty.
             if BM >= 128 and last - first <= BM // 4:
-                _routes(
-                    row_tile, x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups,
-                    words_stride, scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 4, SPLIT, SCALED,
-                    STAGES, PTX,
-                )  # fmt: skip
+                _route_tile(*routes, BITS, GROUP, GATED, BN, BM // 4, SPLIT, SCALED, STAGES, PTX)
             elif BM >= 64 and last - first <= BM // 2:
-                _routes(
-                    row_tile, x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups,
-                    words_stride, scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM // 2, SPLIT, SCALED,
-                    STAGES, PTX,
-                )  # fmt: skip
+                _route_tile(*routes, BITS, GROUP, GATED, BN, BM // 2, SPLIT, SCALED, STAGES, PTX)
             else:
-                _routes(
-                    row_tile, x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups,
-                    words_stride, scale_stride, y, rows, top, BITS, GROUP, GATED, BN, BM, SPLIT, SCALED,
-                    STAGES, PTX,
-                )  # fmt: skip
+                _route_tile(*routes, BITS, GROUP, GATED, BN, BM, SPLIT, SCALED, STAGES, PTX)
 
 
 @triton.jit
-def _routes(
-    row_tile, x, x_stride, order, first, last, e, weight, words, high, scale, zero, bricks, groups, words_stride,
-    scale_stride, y, rows, top,
+def _route_tile(
+    row_tile, x, x_stride, order, first, last, e, weight, w, words_stride, scale_stride, y, rows, top,
     BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     SPLIT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Routes [first, last) of the order given, all of expert e."""
     m = first + tl.arange(0, BM)
     exists = m < last
-    source = _route(order, m, exists) // top if GATED else m
-    w, s = e.to(tl.int64) * words_stride, e.to(tl.int64) * scale_stride
-    acc = tile_product(
-        x + source.to(tl.int64) * x_stride, exists, words + w, high + w if high is not None else None,
-        scale + s if scale is not None else None, zero + s if zero is not None else None,
-        row_tile * BN, bricks, groups, 0, bricks, BITS, GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX,
+    source = _at_places(order, m, exists) // top if GATED else m
+    to_words, to_scales = e.to(tl.int64) * words_stride, e.to(tl.int64) * scale_stride
+    inputs = x + source.to(tl.int64) * x_stride
+    w_e = Weight(
+        w.words + to_words, w.high + to_words if w.high is not None else None,
+        w.scale + to_scales if w.scale is not None else None, w.zero + to_scales if w.zero is not None else None,
+        w.bricks, w.groups,
     )  # fmt: skip
+    acc = tile_product(inputs, exists, w_e, row_tile * BN, 0, w.bricks, BITS, GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX)
     if GATED:
         acc = gated(acc)
         target = m
     else:
-        target = _route(order, m, exists)  # read again rather than held in registers until here
+        target = _at_places(order, m, exists)  # read again rather than held in registers until here
         acc = acc * tl.load(weight + target, mask=exists, other=0.0)[None, :]
     n = row_tile * acc.shape[0] + tl.arange(0, acc.shape[0])
     at = target.to(tl.int64)[None, :] * rows + n[:, None]
@@ -174,7 +167,7 @@ def _routes(
 
 
 @triton.jit
-def _route(order, m, exists):
+def _at_places(order, m, exists):
     """The routes at places m of the order given."""
     return tl.load(order + m, mask=exists, other=0) if order is not None else m
 
@@ -191,11 +184,6 @@ def combine_kernel(routed, shared, y, rows, TOP: tl.constexpr, BLOCK: tl.constex
     if shared is not None:
         acc += tl.load(shared + token * rows + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + token * rows + n, acc.to(y.dtype.element_ty), mask=inside)
-
-
-def _strides(w: Packed) -> tuple[int, int]:
-    """Elements from one expert's words, and from one expert's scales, to the next one's."""
-    return w.words.stride(0), 0 if w.scale is None else w.scale.stride(0)
 
 
 def many_tokens(
@@ -219,10 +207,10 @@ def many_tokens(
         y = torch.empty(tokens * top, rows, device=device, dtype=kind)
         shared_y = None if beside is None else torch.empty(tokens, shared_rows, device=device, dtype=kind)
         grouped_kernel[grid](
-            x, x.stride(0), order, tiles, weight_TR, *w.tensors, w.bricks, w.groups, *_strides(w), y, rows, top,
-            shared_x, 0 if shared_x is None else shared_x.stride(0), *_shared(beside), shared_y, shared_rows, tokens,
-            shared_tiles,
-            BITS=w.bits, GROUP=w.group, **_shared_format(beside), GATED=gated, SCALED=tile.scaled,
+            x, x.stride(0), order, tiles, weight_TR, *_arguments(w), y, rows, top,
+            shared_x, 0 if shared_x is None else shared_x.stride(0), *_arguments(beside), shared_y, shared_rows,
+            tokens, shared_tiles,
+            **_format(w), **_format(beside, "SHARED_"), GATED=gated, SCALED=tile.scaled,
             PTX=PTX, **tile.options,
         )  # fmt: skip
         return y, shared_y
@@ -260,12 +248,10 @@ def joined(
     each, second_each = 2 * max(inner, shared_inner) // first.rows, down.row_bricks * 16 // second.rows
     joined_kernel[((each + second_each) * count,)](
         x_TC, x_TC.stride(0), order, tiles, weight_TR, h, y, inner, down.n, top, made,
-        *gate_up.tensors, gate_up.bricks, gate_up.groups, *_strides(gate_up),
-        *down.tensors, down.bricks, down.groups, *_strides(down),
-        *_shared(beside[0]), shared_h, shared_inner, *_shared(beside[1]), shared_y, down.n, tokens, shared_tiles, each,
-        each * count, second_each,
-        BITS=gate_up.bits, GROUP=gate_up.group, DOWN_BITS=down.bits, DOWN_GROUP=down.group,
-        **_shared_format(beside[0]), **{f"SHARED_DOWN_{k[7:]}": v for k, v in _shared_format(beside[1]).items()},
+        *_arguments(gate_up), *_arguments(down), *_arguments(beside[0]), shared_h, shared_inner,
+        *_arguments(beside[1]), shared_y, down.n, tokens, shared_tiles, each, each * count, second_each,
+        **_format(gate_up), **_format(down, "DOWN_"), **_format(beside[0], "SHARED_"),
+        **_format(beside[1], "SHARED_DOWN_"),
         BN=first.rows, SPLIT=first.split, STAGES=first.stages, DOWN_BN=second.rows, DOWN_SPLIT=second.split,
         DOWN_STAGES=second.stages, BM=first.tokens, PTX=PTX, num_warps=first.warps,
     )  # fmt: skip
@@ -280,9 +266,13 @@ def combine(parts: Parts, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def _shared(w: Packed | None) -> tuple:
-    return (None, None, None, None, 0, 0) if w is None else (*w.tensors, w.bricks, w.groups)
+def _arguments(w: Packed | None) -> tuple:
+    """A weight as the kernels take it; of experts also the elements from one's words, or scales, to the next one's."""
+    if w is None:
+        return None, None, None, None, 0, 0
+    strides = () if w.experts is None else (w.words.stride(0), 0 if w.scale is None else w.scale.stride(0))
+    return *w.tensors, w.bricks, w.groups, *strides
 
 
-def _shared_format(w: Packed | None) -> dict[str, int]:
-    return {"SHARED_BITS": 0 if w is None else w.bits, "SHARED_GROUP": 0 if w is None else w.group}
+def _format(w: Packed | None, prefix: str = "") -> dict[str, int]:
+    return {f"{prefix}BITS": 0 if w is None else w.bits, f"{prefix}GROUP": 0 if w is None else w.group}

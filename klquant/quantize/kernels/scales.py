@@ -53,10 +53,11 @@ def search_groups(
     least = tl.full([ROWS], float("inf"), tl.float32)
     scale, zero = tl.full([ROWS], 1.0, tl.float32), tl.zeros([ROWS], tl.float32)
     for i in range(count):
-        s = round_bf16(full * tl.load(factors + i))
+        factor = tl.load(factors + i)
+        s = round_bf16(full * factor)
         z = tl.zeros([ROWS], tl.float32)
         if best_zero is not None:
-            z = round_between(QMIN - tl.div_rn(low, s), QMIN, QMAX)
+            z = round_between(QMIN - tl.div_rn(low * factor, s), QMIN, QMAX)
         steps = tl.div_rn(x, tl.broadcast_to(s[:, None], [ROWS, WIDTH]))
         error = round_between(steps, (QMIN - z)[:, None], (QMAX - z)[:, None]) * s[:, None] - x
         error *= error
@@ -74,7 +75,7 @@ def search_groups(
 def search(
     w: Tensor, spec: WeightSpec, weight: Tensor | None, shrink: list[float]
 ) -> tuple[Tensor, Tensor | None] | None:
-    """`klquant.quantize.rtn._search` for w [B, N, G, width] and weight [B, 1, G, width]; no zeros when symmetric.
+    """`klquant.quantize.rtn._search` for w [B, N, G, width] and weight [B, 1, G, width].
 
     None when a group is too long for the registers.
     """
