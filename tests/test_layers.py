@@ -17,6 +17,7 @@ LAYERS = [
     {"pipeline", "evaluate"},
     {"report"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {folder: rank for rank, folders in enumerate(LAYERS) for folder in folders}
 

@@ -35,10 +35,12 @@ def test_the_installed_command_runs_and_finds_its_recipes(wheel, tmp_path):
     """The wheel's own files, from a folder that is not the checkout."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     run = (
-        "import klquant, sys; from klquant.recipe.schema import load_recipe; from klquant.cli.main import main;"
-        f"assert klquant.__file__.startswith({str(tmp_path)!r}); load_recipe('int4'); main(['--version'])"
+        "import klquant; from klquant.recipe.schema import load_recipe; from klquant.__main__ import run;"
+        f"assert klquant.__file__.startswith({str(tmp_path)!r}); load_recipe('int4'); run()"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", run, "--version"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("klquant ")

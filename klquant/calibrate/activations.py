@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from klquant.core.memory import own_pages, pin, unpin
+from klquant.core.units import decimal
 from klquant.errors import UserError
 
 
@@ -75,8 +76,8 @@ class Activations:
                 os.close(self._fd)
                 path.unlink(missing_ok=True)
                 raise UserError(
-                    f"{path}: no room for {windows * self._row / 1e9:.1f} GB of activations ({error.strerror}); "
-                    "free disk space or calibrate on fewer tokens"
+                    f"{path}: no room for {decimal(windows * self._row)} of activations ({error.strerror}); "
+                    "free disk space, then --resume"
                 ) from None
 
     @property

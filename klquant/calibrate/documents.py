@@ -5,6 +5,7 @@ sources evenly, so one file should hold one domain.
 """
 
 import json
+import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from klquant.errors import UserError
 Document = str | list[Message]
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 BUILT_IN = "tiny"
+SELF = "self"  # the model's own text, which only calibration takes
+CALIB = "--calib"
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,20 @@ class Source:
     open: Callable[[], Iterator[Document]]
 
 
-def resolve_sources(spec: str, seed: int) -> list[Source]:
+def resolve_sources(spec: str, seed: int, option: str = CALIB) -> list[Source]:
     """What `--calib` names: a mix ("tiny", "default"), a mix file (.yaml), or text files and folders, comma-separated.
 
-    `seed` orders the rows of public datasets; files keep their order. Raises UserError for what does not exist.
+    `seed` orders the rows of public datasets; files keep their order. `option` is what errors name. Raises UserError
+    for what does not exist.
     """
     if spec == BUILT_IN:
         resource = files("klquant.mixes") / "tiny.jsonl"
         return [Source(BUILT_IN, "klquant's built-in text", lambda: _jsonl(resource, "tiny.jsonl"))]
     if spec in known_mixes() or Path(spec).suffix in (".yaml", ".yml"):
         mix = load_mix(spec)
-        return [_dataset_source(mix, source, seed) for source in mix.sources]
+        return [_dataset_source(mix, source, seed, option) for source in mix.sources]
     parts = [spec] if Path(spec).exists() else [part.strip() for part in spec.split(",") if part.strip()]
-    paths = [file for part in parts for file in _text_files(part)]
+    paths = [file for part in parts for file in _text_files(part, option)]
     if not paths:
         raise UserError(f"text {spec!r} names no file")
     if len(set(paths)) != len(paths):
@@ -51,7 +55,7 @@ def resolve_sources(spec: str, seed: int) -> list[Source]:
     return [_file_source(p, p.stem if stems.count(p.stem) == 1 else str(p)) for p in paths]
 
 
-def _text_files(part: str) -> list[Path]:
+def _text_files(part: str, option: str) -> list[Path]:
     path = Path(part)
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix in TEXT_SUFFIXES and p.is_file())
@@ -59,7 +63,12 @@ def _text_files(part: str) -> list[Path]:
             raise UserError(f"{path}: no {', '.join(TEXT_SUFFIXES)} file in this folder")
         return found
     if not path.exists():
-        known = ", ".join([BUILT_IN, "self", *known_mixes()])
+        mixes = [BUILT_IN, *([SELF] if option == CALIB else []), *known_mixes()]
+        known = ", ".join(mixes)
+        if part in mixes:
+            raise UserError(f"{option}: {part!r} is a mix and stands alone; give one mix, or files and folders")
+        if part == SELF:
+            raise UserError(f"{option}: 'self' is for calibration only; give text files or a mix (known: {known})")
         raise UserError(f"text {part!r}: no such file or folder, and no mix of that name (known: {known})")
     if path.suffix not in TEXT_SUFFIXES:
         raise UserError(f"{path}: text must be {', '.join(TEXT_SUFFIXES)} or a mix in .yaml")
@@ -133,19 +142,22 @@ def _unicode(document: Document, at: str) -> Document:
     return document
 
 
-def _dataset_source(mix: Mix, source: MixSource, seed: int) -> Source:
+def _dataset_source(mix: Mix, source: MixSource, seed: int, option: str) -> Source:
     origin = f"{source.dataset}@{source.revision}"
-    return Source(source.name, origin, lambda: _dataset_documents(mix, source, seed))
+    return Source(source.name, origin, lambda: _dataset_documents(mix, source, seed, option))
 
 
-def _dataset_documents(mix: Mix, source: MixSource, seed: int) -> Iterator[Document]:
+def _dataset_documents(mix: Mix, source: MixSource, seed: int, option: str) -> Iterator[Document]:
     """The first `rows` rows of the pinned revision, shuffled by `seed`."""
-    other = "or pass --calib with a text file, 'tiny' (built in) or 'self' (the model's own text)"
-    where = f"calibration mix {mix.name!r}, source {source.name!r}"
+    own = ", 'self' (the model's own text)" if option == CALIB else ""
+    other = f"or pass {option} with a text file{own} or 'tiny' (built in)"
+    where = f"mix {mix.name!r}, source {source.name!r}"
     try:
         import datasets
     except ImportError:
         raise UserError(f"{where} needs the datasets library: pip install 'klquant[data]', {other}") from None
+    # Its retries would be ten lines before the one that says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         # Streaming reads the rows it needs instead of downloading gigabytes.
         stream = datasets.load_dataset(

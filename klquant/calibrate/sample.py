@@ -8,6 +8,7 @@ from klquant.calibrate.tokenizer import Tokenizer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.core.memory import free_memory
+from klquant.core.units import decimal
 from klquant.errors import UserError
 from klquant.model.forward import Model
 
@@ -26,8 +27,8 @@ def sample_windows(
     free = free_memory(settings.device)
     if need > 0.8 * free:
         raise UserError(
-            f"calibration on the model's own text needs the whole model in memory: {need / 1e9:.0f} GB, "
-            f"{free / 1e9:.0f} GB are free; give text with --calib, or use --calib tiny"
+            f"calibration on the model's own text needs the whole model in memory: {decimal(need)}, "
+            f"{decimal(free)} are free; give text with --calib, or use --calib tiny"
         )
     model = Model.load(reader, settings.dtype, settings.device)
     generator = torch.Generator().manual_seed(seed)

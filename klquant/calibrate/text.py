@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from klquant.calibrate.documents import Source, resolve_sources
+from klquant.calibrate.documents import SELF, Source, resolve_sources
 from klquant.calibrate.tokenizer import Tokenizer
 from klquant.calibrate.windows import Consumed, as_tensor, iter_windows
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.errors import UserError
 
 DEFAULT_MIX = "default"
-SELF = "self"
 
 Generate = Callable[[int, int, int], torch.Tensor]
 """`generate(n_sequences, length, seed)` → int64 [n_sequences, length] sampled from the model; `start_tokens` first."""

@@ -141,6 +141,8 @@ class KimiLinearConfig:
                     f"{where}: topk_group {config.topk_group} of {config.num_groups} groups of {size} experts cannot "
                     f"give num_experts_per_token {config.top_k}"
                 )
+        if config.topk_group > config.num_groups:
+            raise UserError(f"{where}: topk_group {config.topk_group} exceeds num_expert_group {config.num_groups}")
         bad = [i for i in (config.bos_id, config.pad_id, *config.eos_ids) if not 0 <= i < config.vocab_size]
         if bad:
             raise UserError(f"{where}: special token id {bad[0]!r} is outside the vocabulary of {config.vocab_size}")

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.index import check_tensors, read_json, read_tensor_index, require_folder
 from klquant.errors import UserError
 
 METADATA = ("*.json", "tiktoken.model", "*.jinja", "LICENSE*", "README.md")
@@ -24,8 +25,7 @@ def resolve_model(model: str, weights: bool) -> Path:
     A snapshot in the cache serves where the hub cannot be reached. Raises UserError when there is neither.
     """
     if not is_hub_id(model):
-        if not Path(model).is_dir():
-            raise UserError(f"{model}: no such folder, and not a hub id of the form owner/name")
+        require_folder(Path(model), "no such folder, and not a hub id of the form owner/name")
         return Path(model)
     from huggingface_hub import snapshot_download
 
@@ -44,8 +44,6 @@ def model_name(folder: Path) -> str:
 def read_hub_index(model: str) -> tuple[KimiLinearConfig, dict[str, tuple[str, tuple[int, ...]]]]:
     """Config and name → (dtype, shape) of a hub repository, from its config.json and its shards' headers alone."""
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
-
-    from klquant.checkpoint.index import check_tensors, read_json, read_tensor_index
 
     if not _reachable(model):
         return read_tensor_index(resolve_model(model, weights=True))

@@ -44,8 +44,16 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def require_folder(folder: Path, otherwise: str = "no such folder") -> None:
+    """Raises UserError where `folder` is a file, and with `otherwise` where it is not there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'is a file; give the checkpoint folder' if folder.exists() else otherwise}")
+
+
 def read_config(folder: Path) -> tuple[dict, KimiLinearConfig]:
     """config.json as it stands and as understood."""
+    if folder.exists():
+        require_folder(folder)
     raw = read_json(folder / CONFIG)
     return raw, KimiLinearConfig.from_dict(raw, str(folder / CONFIG))
 

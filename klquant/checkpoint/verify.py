@@ -16,7 +16,7 @@ def verify(folder: Path) -> list[str]:
     """Problems of a checkpoint, 16-bit or quantized, one line each; none means that it is good.
 
     Checks that every tensor is there once with its shape and dtype, that values are finite and scales positive, that
-    the quantization fits the tensors, the index its total, and the shards the hashes in klquant.json if that is there.
+    the quantization fits the tensors, the index its total, and the files the hashes in klquant.json if that is there.
     Reads a few MB at a time.
     """
     folder = Path(folder)
@@ -31,7 +31,7 @@ def verify(folder: Path) -> list[str]:
         if name in reader.files.tensors and reader.files.tensors[name].dtype in dtypes:
             problems += _wrong_values(reader, name)
     if (folder / PROVENANCE).exists():
-        problems += _wrong_shards(reader)
+        problems += _wrong_files(reader)
     return problems
 
 
@@ -64,21 +64,23 @@ def _wrong_values(reader: QuantizedReader, name: str) -> Iterator[str]:
         yield str(error)
 
 
-def _wrong_shards(reader: QuantizedReader) -> Iterator[str]:
+def _wrong_files(reader: QuantizedReader) -> Iterator[str]:
     folder = reader.files.folder
     where = folder / PROVENANCE
     try:
-        listed = read_json(where).get("shards")
+        provenance = read_json(where)
     except UserError as error:
         yield str(error)
         return
-    if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
-        yield f"{where}: shards is not an object of file → sha256, bytes"
-        return
+    shards, others = provenance.get("shards"), provenance.get("files", {})
+    for key, listed in (("shards", shards), ("files", others)):
+        if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
+            yield f"{where}: {key} is not an object of file → sha256, bytes"
+            return
     for path in sorted({info.shard for info in reader.files.tensors.values()}):
-        if path.name not in listed:
+        if path.name not in shards:
             yield f"{path}: is not listed in {PROVENANCE}"
-    for name, entry in listed.items():
+    for name, entry in (shards | others).items():
         try:
             path = inside(folder, name, str(where))
             size, digest = 0, hashlib.sha256()

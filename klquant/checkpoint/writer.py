@@ -71,9 +71,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     return ShardRecord(path.name, size, digest.hexdigest())
 
 
+def json_bytes(value: object) -> bytes:
+    """A JSON file: indented, in the order of the keys."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file, indented, in the order of the keys."""
-    data = (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    data = json_bytes(value)
     with _atomic(path, len(data)) as file:
         file.write(data)
 

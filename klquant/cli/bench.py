@@ -44,7 +44,7 @@ class Numbers(click.ParamType):
 @click.option("--synthetic", metavar="NAME[:layers=N]",
               help="Instead of MODEL: random weights of a known shape, kimi-linear-48b.")  # fmt: skip
 @click.option("--recipe", help=f"With --synthetic: what the weights are stored as.  [default: {DEFAULT_RECIPE}]")
-@click.option("--devices", metavar="NAMES", help="cuda:0,cuda:1 or cpu.  [default: all GPUs, or the CPU]")
+@click.option("--devices", "--device", metavar="NAMES", help="cuda:0,cuda:1 or cpu.  [default: all GPUs, or the CPU]")
 @click.option("--max-memory", type=DeviceSizes(), metavar="SIZES",
               help="What devices may use at most: cuda:0=20GiB,cuda:1=11GiB.  [default: what is free]")  # fmt: skip
 @click.option("--cache-bits", type=click.Choice(["16", "8"]), default="16", show_default=True,
@@ -78,10 +78,10 @@ def command(
     kind = next(iter(found)).type
     given = (prefill, batch, context, steps)
     cells = Cells(*(default if value is None else value for value, default in zip(given, DEFAULTS[kind], strict=True)))
+    source = _Checkpoint(model) if synthetic is None else _Synthetic(synthetic, recipe or DEFAULT_RECIPE)
     with Notes(quiet=as_json) as notes:
         if kind == "cpu":
             notes.note("no GPU: this times the plain torch path, which is slow and only meant to work everywhere")
-        source = _Checkpoint(model) if synthetic is None else _Synthetic(synthetic, recipe or DEFAULT_RECIPE)
         result = run(source, found, cells, int(cache_bits), notes)
     if as_json:
         click.echo(json.dumps(bench_json(result), indent=1))

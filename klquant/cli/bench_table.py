@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console, decimal, tokens
+from klquant.cli.render import console, print_table, tokens
+from klquant.core.units import decimal
 from klquant.recipe.memory import GIB
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def print_bench(result: "Bench") -> None:
 def _section(out: Console, title: str, rows: Table) -> None:
     out.print()
     out.print(Text(title, style="bold"))
-    out.print(rows)
+    print_table(out, rows)
 
 
 def _prefill_table(result: "Bench") -> Table:

@@ -1,9 +1,14 @@
 """A recipe's calibration as the command line wants it."""
 
+from typing import TYPE_CHECKING
+
 from pydantic import ValidationError
 
 from klquant.errors import UserError
 from klquant.recipe.schema import CalibrationParams, Recipe
+
+if TYPE_CHECKING:
+    from klquant.recipe.plan import Plan
 
 
 def with_calibration(recipe: Recipe, tokens: int | None, window: int | None) -> Recipe:
@@ -20,3 +25,16 @@ def with_calibration(recipe: Recipe, tokens: int | None, window: int | None) -> 
             "to calibrate on; give more with --calib-tokens, or a shorter --window"
         ) from None
     return recipe.model_copy(update={"calibration": params})
+
+
+def require_text(plan: "Plan", calib: str | None = None) -> None:
+    """Raises UserError where `calib`, or else what the recipe names, does not exist: the recipe's by file and line."""
+    from klquant.calibrate.documents import SELF, resolve_sources
+
+    spec = calib or plan.recipe.calibration.mix
+    if spec == SELF or not plan.needs_calibration:
+        return
+    try:
+        resolve_sources(spec, seed=0)
+    except UserError as error:
+        raise UserError(str(error) if calib else f"{plan.recipe.mix_at()}: {error}") from None

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import click
 
-from klquant.cli.engine import engine_options, given_sampling, note, open_engine, sampling
+from klquant.cli.engine import engine_options, given_sampling, named_as_options, note, open_engine, sampling
+from klquant.cli.spell import unicode_text
 from klquant.errors import UserError
 
 HELP = "/reset forgets the conversation, /stats shows speed and memory, Ctrl-C stops an answer, Ctrl-D leaves"
@@ -44,7 +45,8 @@ def command(
                 note(f"unknown command {text.split()[0]}; {HELP}")
             else:
                 try:
-                    _answer(chat, text, chosen)
+                    with named_as_options():
+                        _answer(chat, unicode_text(text, "what you said"), chosen)
                 except UserError as error:  # the conversation fills the context, say: it can go on after a /reset
                     note(f"error: {error}")
 

@@ -1,15 +1,17 @@
 """What `generate` and `chat` share: options, loading with its progress, notes on stderr."""
 
+import re
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import click
 
 from klquant.cli.spell import Size
 from klquant.engine.request import SamplingParams
+from klquant.errors import UserError
 
 if TYPE_CHECKING:
     from klquant.engine.engine import Engine
@@ -30,6 +32,9 @@ _SAMPLING = (
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Can be repeated."),
 )  # fmt: skip
 
+# Words such as `stop` only at the beginning of an error: what comes from a file has the file's name there.
+_PARAMETER = re.compile(rf"^({'|'.join(f.name for f in fields(SamplingParams))})\b|\bmax_(context|new_tokens)\b")
+
 
 class DeviceSizes(click.ParamType):
     """cuda:0=20GiB,cuda:1=11GiB."""
@@ -49,7 +54,8 @@ class DeviceSizes(click.ParamType):
 
 
 _LOADING = (
-    click.option("--devices", metavar="NAMES", help="cuda:0,cuda:1 or cpu.  [default: all GPUs, or the CPU]"),
+    click.option("--devices", "--device", metavar="NAMES",
+                 help="cuda:0,cuda:1 or cpu.  [default: all GPUs, or the CPU]"),
     click.option("--max-memory", type=DeviceSizes(), metavar="SIZES",
                  help="What devices may use at most: cuda:0=20GiB,cuda:1=11GiB.  [default: what is free]"),
     click.option("--max-context", type=click.IntRange(1), metavar="N",
@@ -74,7 +80,7 @@ def open_engine(
     from klquant.engine.engine import Engine
     from klquant.model.tuning import tuning_note
 
-    with _bar() as progress:
+    with named_as_options(), _bar() as progress:
         engine = Engine.from_pretrained(
             resolve_model(model, weights=True), devices=devices, max_memory=max_memory, max_context=max_context,
             max_batch=1, cache_bits=int(cache_bits), progress=progress,
@@ -91,8 +97,18 @@ def open_engine(
 def given_sampling(**params: object) -> dict[str, object]:
     """The sampling options that were given. Raises UserError for one out of range, before anything is loaded."""
     given = {name: value for name, value in params.items() if value is not None}
-    SamplingParams(**given)
+    with named_as_options():
+        SamplingParams(**given)
     return given
+
+
+@contextmanager
+def named_as_options() -> Iterator[None]:
+    """What Python's callers name as parameters is named as the command's options: max_context → --max-context."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(_PARAMETER.sub(lambda match: f"--{match[0].replace('_', '-')}", str(error))) from None
 
 
 def sampling(engine: "Engine", given: dict[str, object]) -> SamplingParams:

@@ -27,7 +27,8 @@ _TASKS = TaskOptions(())
               help="Windows a domain.")  # fmt: skip
 @click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, show_default=True,
               help="Tokens a window.")  # fmt: skip
-@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option("--device", "--devices", metavar="cpu|cuda|cuda:N",
+              help="Where to compute.  [default: cuda, or cpu without a GPU]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(get_args(DtypeName)),
               help="Arithmetic.  [default: bfloat16 on a GPU, float32 on a CPU]")  # fmt: skip
 @click.option("--floor", is_flag=True, help="Also measure what BF16 against FP32 arithmetic alone does.")

@@ -8,7 +8,8 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console, decimal
+from klquant.cli.render import console, print_table
+from klquant.core.units import decimal
 from klquant.evaluate.result import Interval, Quality, Result
 from klquant.evaluate.tasks.record import TaskScore
 
@@ -58,19 +59,19 @@ def print_result(result: Result, path: Path) -> None:
     """Size, then quality by domain, in at most 80 columns."""
     out, size, bits = console(), result.model.size, result.model.size.bits
     out.print(Text(result.model.name, style="bold", overflow="fold"))
-    line = f"{decimal(size.disk)}, {bits.whole:.2f} bits a weight (routed {bits.routed_experts:.2f}, "
+    line = f"{decimal(size.tensors)}, {bits.whole:.2f} bits a weight (routed {bits.routed_experts:.2f}, "
     out.print(Text(f"{line}always active {bits.always_active:.2f})", style="dim"))
     if result.reference is not None:
         out.print(Text(
             f"against {result.reference.checkpoint.name}, {result.reference.arithmetic.dtype} on "
             f"{result.reference.arithmetic.device}", style="dim", overflow="fold"))  # fmt: skip
     out.print()
-    out.print(_table(result))
+    print_table(out, _table(result))
     if result.reference is not None:
         out.print(Text("KLD in nats a token; ± 95 % over windows.", style="dim"))
     if result.tasks:
         out.print()
-        out.print(_task_table(result.tasks))
+        print_table(out, _task_table(result.tasks))
         out.print(Text("± one standard error; of a change, that of the items' differences.", style="dim"))
     out.print(Text(f"{result.overall.positions:,} tokens; result in {path}", style="dim", overflow="fold"))
 

@@ -5,7 +5,8 @@ import sys
 
 import click
 
-from klquant.cli.engine import engine_options, given_sampling, note, open_engine, sampling
+from klquant.cli.engine import engine_options, given_sampling, named_as_options, note, open_engine, sampling
+from klquant.cli.spell import unicode_text
 from klquant.errors import UserError
 
 
@@ -25,10 +26,12 @@ def command(
     """
     if prompt == "-":
         prompt = sys.stdin.read()
+    prompt = unicode_text(prompt, "the prompt")
     if not prompt.strip():
         raise UserError("the prompt is empty")
     given = given_sampling(**params)
-    ids, templated = _ids(model, prompt, raw, max_context)
+    with named_as_options():
+        ids, templated = _ids(model, prompt, raw, max_context)
     with open_engine(model, devices, max_memory, max_context, cache_bits) as engine:
         chosen = sampling(engine, given)
         if not raw and not templated:

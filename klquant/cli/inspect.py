@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
+from klquant.checkpoint.index import require_folder
 from klquant.checkpoint.names import TensorClass
-from klquant.errors import UserError
 
 JSON_SCHEMA = 1
 WORST = 8
@@ -29,8 +29,7 @@ def command(folder: Path, layer: int | None, cls: str | None, as_json: bool) -> 
     Reads headers and klquant.json, no weights. Takes any Kimi-Linear checkpoint: klquant's, another tool's
     (compressed-tensors), or the 16-bit one. An error is the share of a weight's output energy that was lost.
     """  # fmt: skip
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+    require_folder(folder)
     from klquant.cli.findings import find
 
     found = find(folder, layer, cls and TensorClass(cls))

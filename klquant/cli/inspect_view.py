@@ -10,8 +10,9 @@ from rich.text import Text
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.findings import QUANTILES, Findings, group, mean_error, quantiles, worst
 from klquant.cli.inspect import WORST, fallbacks
-from klquant.cli.render import count, decimal
+from klquant.cli.render import count, print_table
 from klquant.cli.spell import percent, place, some
+from klquant.core.units import decimal
 
 # A mean error this many times its column's median stands out, and how.
 HIGH, VERY_HIGH = 1.4, 2.0
@@ -182,7 +183,7 @@ def _number(error: float) -> str:
 def _section(out: Console, title: str, table: Table) -> None:
     out.print()
     out.print(Text(title, style="bold"))
-    out.print(table)
+    print_table(out, table)
 
 
 def _table() -> Table:

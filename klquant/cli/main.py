@@ -6,6 +6,7 @@ A command's module is imported when the command runs, so that `--help` and `--ve
 import errno
 import importlib
 import io
+import os
 import sys
 
 import click
@@ -60,9 +61,7 @@ class Commands(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context):
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # a terminal may know fewer characters than are shown
+        _mend_streams()
         try:
             return super().invoke(ctx)
         except UserError as e:
@@ -78,6 +77,17 @@ class Commands(click.Group):
             raise
         except KeyboardInterrupt as e:
             raise Failure("interrupted", 130) from e
+
+
+def _mend_streams() -> None:
+    """A closed stream gives nothing and takes all. A terminal may know fewer characters than are shown; what it sends
+    that is no text is told by `unicode_text`."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream, reads = getattr(sys, name), name == "stdin"
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if reads else "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if reads else "replace")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -7,6 +7,7 @@ import click
 
 import klquant
 from klquant.checkpoint.names import TensorClass
+from klquant.cli.calibration import require_text
 from klquant.recipe.memory import Memory, contexts, predict_memory
 from klquant.recipe.plan import Plan, make_plan
 from klquant.recipe.rows import Row, plan_rows
@@ -34,6 +35,7 @@ def command(model: str, recipe: str, target: str, as_json: bool) -> None:
 
     config, tensors = read_hub_index(model) if is_hub_id(model) else read_tensor_index(Path(model))
     plan = make_plan(chosen, config, tensors, target)
+    require_text(plan)
     if as_json:
         click.echo(json.dumps(plan_json(plan, model), indent=1))
     else:

@@ -6,9 +6,10 @@ from pathlib import Path
 import click
 
 from klquant.checkpoint.index import PROVENANCE
-from klquant.cli.calibration import with_calibration
+from klquant.cli.calibration import require_text, with_calibration
 from klquant.cli.main import Failure
 from klquant.cli.spell import Size
+from klquant.core.units import decimal
 from klquant.errors import UserError
 from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
 from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
@@ -79,10 +80,13 @@ def command(
         shard_bytes=max_shard_size or SHARD_BYTES,
         limits=Limits(gpu=max_gpu_memory, cpu=max_cpu_memory),
     )
-    pick_devices(options.device)
+    devices = pick_devices(options.device)
+    if len(set(devices)) < len(devices):  # the pipeline itself works on cpu,cpu as on two cards, for its tests
+        raise UserError(f"devices {options.device}: one comes twice; name each once")
     reader = CheckpointReader.open(resolve_model(model, weights=True))
     check_model(reader)
     plan = make_plan(chosen, reader.config, {name: (i.dtype, i.shape) for name, i in reader.tensors.items()}, target)
+    require_text(plan, options.calib)
     _run(model, reader, plan, out, options)
 
 
@@ -116,6 +120,6 @@ def _require_room(folder: Path, need: int) -> None:
     have = shutil.disk_usage(home).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if have < need:
         raise UserError(
-            f"{home}: the result takes {need / 1e9:.1f} GB, but only {have / 1e9:.1f} GB are free; "
+            f"{home}: the result takes {decimal(need)}, but only {decimal(have)} are free; "
             "free disk space or choose another output"
         )

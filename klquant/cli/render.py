@@ -9,6 +9,7 @@ from rich.text import Text
 
 from klquant.checkpoint.names import TensorClass
 from klquant.core.spec import WHOLE_ROW
+from klquant.core.units import decimal
 from klquant.recipe.memory import GIB, Memory
 from klquant.recipe.plan import Plan
 from klquant.recipe.rows import Row, plan_rows, spell_layers
@@ -23,14 +24,16 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
-def decimal(nbytes: int) -> str:
-    """Bytes on disk, in decimal units with three digits: 24.3 GB."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007
-        if value < 999.5:
-            break
-        value /= 1000
-    return f"{nbytes} B" if unit == "B" else f"{value:#.3g}".rstrip(".") + f" {unit}"
+def print_table(out: Console, table: Table) -> None:
+    """With every figure whole: a terminal narrower than that breaks the lines."""
+    width, unbounded = out.width, out.options.update(max_width=10 * PIPE_WIDTH)
+    for column in table.columns:
+        if column.no_wrap:
+            cells = [column.header, column.footer, *column.cells]
+            column.min_width = max(out.measure(cell, options=unbounded).maximum for cell in cells)
+    out.width = max(width, out.measure(table, options=unbounded).minimum)
+    out.print(table)
+    out.width = width
 
 
 def count(number: int) -> str:
@@ -74,7 +77,7 @@ def print_plan(out: Console, plan: Plan, memory: list[Memory], model: str) -> No
 def _section(out: Console, title: str, table: Table) -> None:
     out.print()
     out.print(Text(title, style="bold"))
-    out.print(table)
+    print_table(out, table)
 
 
 def _table() -> Table:

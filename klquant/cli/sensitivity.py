@@ -2,6 +2,7 @@
 
 import json
 import sys
+from math import isnan
 from pathlib import Path
 from typing import get_args
 
@@ -28,7 +29,8 @@ _DEFAULT = EvalOptions()
               help="Windows a domain.")  # fmt: skip
 @click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, show_default=True,
               help="Tokens a window.")  # fmt: skip
-@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option("--device", "--devices", metavar="cpu|cuda|cuda:N",
+              help="Where to compute.  [default: cuda, or cpu without a GPU]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(get_args(DtypeName)),
               help="Arithmetic.  [default: bfloat16 on a GPU, float32 on a CPU]")  # fmt: skip
 @click.option("--reference-cache", type=click.Path(path_type=Path), metavar="FOLDER",
@@ -47,6 +49,8 @@ def command(
     """
     if recipe is not None and quantized is not None:
         raise click.UsageError("--recipe and --quantized exclude each other")
+    if minutes is not None and isnan(minutes):
+        raise click.UsageError("--minutes is no number of minutes; leave it out for all parts")
     quantizer = quantized or load_recipe(recipe or DEFAULT_RECIPE)
     from klquant.checkpoint.hub import resolve_model
     from klquant.cli.eval_table import Bar

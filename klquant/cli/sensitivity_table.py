@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console, count, decimal
+from klquant.cli.render import console, count, print_table
+from klquant.core.units import decimal
 from klquant.evaluate.result import Quality
 from klquant.evaluate.sensitivity_result import Entry, Sensitivity
 
@@ -17,7 +18,7 @@ def print_sensitivity(result: Sensitivity, path: Path) -> None:
     out.print(Text(result.reference.checkpoint.name, style="bold", overflow="fold"))
     out.print(Text(f"with one part quantized, {how} {made.name}; all else in 16 bits", style="dim", overflow="fold"))
     out.print()
-    out.print(_table(result))
+    print_table(out, _table(result))
     out.print(Text(
         "KLD in nats a token; ± 95 % over windows. Saved: bytes less than in 16 bits.", style="dim"))  # fmt: skip
     if result.left_out:

@@ -5,6 +5,8 @@ from math import floor, log10
 
 import click
 
+from klquant.errors import UserError
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
 _PREFIX = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -46,6 +48,15 @@ def some(items: list[str], most: int = 4) -> str:
     """The first few of a list, and how many more there are."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
+
+
+def unicode_text(text: str, what: str) -> str:
+    """What was typed, on a command line or on stdin, as UTF-8 whatever the locale: bytes that the locale does not know
+    stand in `text` as surrogates. Raises UserError naming `what` when it is no text."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise UserError(f"{what} is not UTF-8 text") from None
 
 
 class Size(click.ParamType):

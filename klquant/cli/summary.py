@@ -8,10 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from klquant.checkpoint.names import TensorClass
-from klquant.cli.render import count, decimal
+from klquant.cli.render import count
 from klquant.cli.spell import duration, percent, place, some
 from klquant.core.device import pick_devices
 from klquant.core.memory import free_memory
+from klquant.core.units import decimal
 from klquant.pipeline.report import Traffic
 from klquant.pipeline.run import RunOptions
 from klquant.recipe.plan import Plan

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from klquant.cli.calibration import with_calibration
+from klquant.cli.calibration import require_text, with_calibration
 from klquant.cli.main import Failure
 from klquant.cli.report import require_plots, write_report
+from klquant.core.units import decimal
 from klquant.errors import UserError
 from klquant.evaluate.options import BaselineMethod, DtypeName, EvalOptions
 from klquant.recipe.schema import Recipe, load_recipe
@@ -51,7 +52,8 @@ BASELINE = "baseline-"  # before the names of baselines' results
 @click.option("--windows", type=click.IntRange(1), default=_EVAL.windows, show_default=True, help="Windows a domain.")
 @click.option("--window", type=click.IntRange(2), default=_EVAL.window, show_default=True,
               help="Tokens an evaluated window.")  # fmt: skip
-@click.option("--device", metavar="cpu|cuda|cuda:N", help="Where to compute.  [default: cuda, or cpu without a GPU]")
+@click.option("--device", "--devices", metavar="cpu|cuda|cuda:N",
+              help="Where to compute.  [default: cuda, or cpu without a GPU]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(get_args(DtypeName)), help="Evaluation's arithmetic.  [default: by device]")
 def command(
     model: str, out: Path, recipes: str, baselines: str, target: str, calib: tuple[str, ...],
@@ -78,6 +80,8 @@ def command(
     check_model(reader)
     shapes = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
     plans = [make_plan(recipe, reader.config, shapes, target) for recipe in chosen]
+    for plan in plans:
+        require_text(plan, ",".join(calib) or None)
     sweep = Sweep(
         folder, reader, out, RunOptions(calib=",".join(calib) or None, device=str(where), resume=True),
         EvalOptions(data=",".join(data), windows=windows, window=window, device=str(where), dtype=dtype, floor=True,
@@ -185,6 +189,19 @@ class Sweep:
         with Bar() as bar:
             return evaluate(self.model, None, file, self.judging, bar, baseline)
 
+    def _require_text(self) -> None:
+        """Raises UserError where text is missing or too short to evaluate on: the folder would be bound to it."""
+        from klquant.calibrate.documents import resolve_sources
+        from klquant.calibrate.text import SELF
+        from klquant.calibrate.tokenizer import load_tokenizer
+        from klquant.evaluate.text import eval_text
+
+        judging = self.judging
+        eval_text(judging.data, load_tokenizer(self.model), windows=judging.windows, window=judging.window)
+        if self.making.calib not in (None, SELF):
+            for source in resolve_sources(self.making.calib, seed=0):
+                next(source.open(), None)
+
     def _claim(self) -> None:
         """Make the folder, or find it as it was left. Raises UserError when it is another sweep's, or a checkpoint."""
         from klquant.checkpoint.index import CONFIG, read_json
@@ -198,18 +215,27 @@ class Sweep:
         file = self.out / SETTINGS
         if (self.out / CONFIG).exists():
             raise UserError(f"{self.out}: is a checkpoint; choose another folder for the sweep")
-        try:
-            for part in (MODELS, RESULTS):
-                (self.out / part).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.out}: cannot be created: {error.strerror}; choose another folder") from None
         theirs = read_json(file) if file.exists() else ours
-        changed = [key for key in ours if theirs.get(key) != ours[key]]
+        changed = [
+            "other weights" if key == "weights" else f"--{key} was {_given(theirs.get(key))}, now {_given(ours[key])}"
+            for key in ours
+            if theirs.get(key) != ours[key]
+        ]
         if changed:
             raise UserError(
-                f"{self.out}: a sweep with other {', '.join(changed)} is there; repeat it so, or choose another folder"
+                f"{self.out}: another sweep is there ({'; '.join(changed)}); repeat it so, or choose another folder"
             )
-        write_json(file, ours)
+        try:
+            if not file.exists():
+                if self.out.exists() and any(self.out.iterdir()):
+                    raise UserError(f"{self.out}: is neither empty nor a sweep's; choose another folder")
+                self._require_text()
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_json(file, ours)
+            for part in (MODELS, RESULTS):
+                (self.out / part).mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.out}: cannot be created: {error.strerror}; choose another folder") from None
 
     def _require_room(self, plans: Iterable["Plan"]) -> None:
         todo = [plan for plan in plans if not self._folder(plan).exists()]
@@ -218,7 +244,7 @@ class Sweep:
         have = shutil.disk_usage(self.out).free + done
         if have < need:
             raise UserError(
-                f"{self.out}: the {len(todo)} variants to make take {need / 1e9:.1f} GB, but only {have / 1e9:.1f} GB "
+                f"{self.out}: the {len(todo)} variants to make take {decimal(need)}, but only {decimal(have)} "
                 "are free; free disk space or sweep fewer recipes"
             )
 
@@ -234,6 +260,10 @@ class Sweep:
         return self.out / RESULTS / f"{plan.recipe.name}.json"
 
 
+def _given(value: object) -> str:
+    return "not given" if value is None else str(value)
+
+
 def _found(file: Path, fingerprint: str) -> "Result | None":
     """A finished result of these weights; None where it is not there yet, or another version's: made again."""
     from klquant.evaluate.result import load_result
@@ -246,10 +276,8 @@ def _found(file: Path, fingerprint: str) -> "Result | None":
 
 
 def _line(result: "Result") -> str:
-    from klquant.cli.render import decimal
-
     q, size = result.overall, result.model.size
     return (
-        f"{decimal(size.disk)}, {size.bits.whole:.2f} bits a weight; KLD {q.kld.mean:.4f}, "
+        f"{decimal(size.tensors)}, {size.bits.whole:.2f} bits a weight; KLD {q.kld.mean:.4f}, "
         f"top token the same in {q.top1.mean:.1%}, perplexity {100 * (q.perplexity_ratio.mean - 1):+.2f} %"
     )

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from klquant.checkpoint.index import require_folder
 from klquant.cli.main import Failure
-from klquant.errors import UserError
 
 
 @click.command("verify")
@@ -19,12 +19,12 @@ def command(folder: Path) -> None:
     if not folder.is_dir():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         hint = f"; {unfinished} is a run to go on with: klquant quantize … --resume" if unfinished.is_dir() else ""
-        raise UserError(f"{folder}: no such folder{hint}")
+        require_folder(folder, f"no such folder{hint}")
 
-    from klquant.checkpoint.index import PROVENANCE
     from klquant.checkpoint.reader import CheckpointReader
     from klquant.checkpoint.verify import verify
-    from klquant.cli.render import console, decimal
+    from klquant.cli.render import console
+    from klquant.core.units import decimal
 
     with console().status("reading every tensor"):
         problems = verify(folder)
@@ -34,6 +34,16 @@ def command(folder: Path) -> None:
         raise Failure(f"{folder}: {len(problems):,} problem{'s' * (len(problems) > 1)}", 1)
     tensors = CheckpointReader.open(folder).tensors
     files = len({info.shard for info in tensors.values()})
-    hashes = "the files are as they were written" if (folder / PROVENANCE).exists() else "no hashes to compare with"
     size = decimal(sum(info.nbytes for info in tensors.values()))
-    click.echo(f"{folder}: good: {len(tensors):,} tensors, {files} file{'s' * (files > 1)}, {size}; {hashes}")
+    click.echo(f"{folder}: good: {len(tensors):,} tensors, {files} file{'s' * (files > 1)}, {size}; {_hashed(folder)}")
+
+
+def _hashed(folder: Path) -> str:
+    """What is known of the files, when nothing is wrong."""
+    from klquant.evaluate.quantization import read_provenance
+
+    provenance = read_provenance(folder)
+    if provenance is None:
+        return "no hashes to compare with"
+    which = "files" if "files" in provenance else "weight files"  # older outputs list only those
+    return f"the {which} are as they were written"

@@ -113,12 +113,18 @@ class MemoryAt(Part):
 
 
 class Size(Part):
-    """`disk`: bytes of the safetensors files; `weights`: how many there are."""
+    """`disk`: bytes of the safetensors files, or of the tensors of a baseline, which has no files; `weights`: how many
+    there are."""
 
     disk: int = Field(ge=1)
     weights: int
     bits: Bits
     memory: list[MemoryAt]
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of the tensors, without headers of files: what checkpoints and baselines have in common."""
+        return max(1, round(self.bits.whole * self.weights / 8))
 
 
 class Baseline(Part):
@@ -253,6 +259,28 @@ class Comparable(Protocol):
     arithmetic: Arithmetic
     reference: Reference | None
     data: Data
+
+
+def require_output(path: Path, model: type[Part]) -> None:
+    """Raises UserError where no result can be written: there is no folder, or something else than one of `model`."""
+    kind = model.model_fields["kind"].default
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path}: not a file in a folder that exists; choose another output")
+    if path.exists() and not _is_empty(path) and _kind(path) != kind:
+        raise UserError(f"{path}: is there already and no result of {kind.replace('-', ' ', 1)}; choose another output")
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
+
+
+def _kind(path: Path) -> object:
+    """Of a result file, of whatever schema; None of any other file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return raw.get("kind") if isinstance(raw, dict) else None
 
 
 def load_result(path: Path) -> Result:

@@ -18,7 +18,16 @@ from klquant.evaluate.baselines import BaselineModel
 from klquant.evaluate.options import EvalOptions, Silent, StoreKind, Watcher
 from klquant.evaluate.passes import DTYPES, Passes
 from klquant.evaluate.quantization import calibrated_on, quantization
-from klquant.evaluate.result import Checkpoint, Data, DomainText, Provenance, Quantization, Reference, Result
+from klquant.evaluate.result import (
+    Checkpoint,
+    Data,
+    DomainText,
+    Provenance,
+    Quantization,
+    Reference,
+    Result,
+    require_output,
+)
 from klquant.evaluate.size import describe
 from klquant.evaluate.source import DeviceSource, Source
 from klquant.evaluate.tasks.suite import Side, Suite
@@ -44,7 +53,7 @@ def evaluate(
     finished windows then wait beside `out` for the next call.
     """
     watcher = watcher or Silent()
-    require_file(out)
+    require_output(out, Result)
     device = torch.device(options.device)
     if baseline is None:
         ours, theirs = open_model(model), None if against is None else open_model(against)
@@ -98,12 +107,6 @@ def evaluate(
     write_json(out, result.model_dump(mode="json"))
     journal.remove()
     return result
-
-
-def require_file(out: Path) -> None:
-    """Raises UserError where no file can be written at `out`."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"{out}: not a file in a folder that exists; choose another output")
 
 
 def open_model(folder: Path) -> QuantizedReader:

@@ -20,7 +20,7 @@ from klquant.evaluate.baselines import plan_for, rounding
 from klquant.evaluate.options import By, EvalOptions, Silent, Watcher
 from klquant.evaluate.passes import Passes
 from klquant.evaluate.quantization import require_own_scales
-from klquant.evaluate.result import Reference, difference
+from klquant.evaluate.result import Reference, difference, require_output
 from klquant.evaluate.run import (
     CACHE,
     UNFINISHED,
@@ -30,7 +30,6 @@ from klquant.evaluate.run import (
     overlap_of,
     prepare,
     provenance_of,
-    require_file,
 )
 from klquant.evaluate.sensitivity_result import Entry, Quantizer, Sensitivity, load_sensitivity
 from klquant.evaluate.size import describe
@@ -64,7 +63,7 @@ def sensitivity(
     what the user can mend.
     """
     started, watcher = clock(), watcher or Silent()
-    require_file(out)
+    require_output(out, Sensitivity)
     reader = open_model(model)
     reader.files.require_16_bits()
     base = DeviceSource(reader, torch.device(options.device))

@@ -51,7 +51,7 @@ def eval_text(spec: str, tokenizer: Tokenizer, *, windows: int, window: int) -> 
     """
     rows: list[list[int]] = []
     domains, notes = [], []
-    for source in resolve_sources(spec, SEED):
+    for source in resolve_sources(spec, SEED, "--data"):
         consumed = Consumed()
         own = list(islice(iter_windows(source.open(), tokenizer, window, consumed), windows))
         if not own:

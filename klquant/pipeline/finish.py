@@ -1,11 +1,12 @@
 """What makes a folder of finished units a checkpoint: side files, index, provenance, config.json last, and its name."""
 
+import hashlib
 from dataclasses import asdict
 
-from klquant.checkpoint.index import CONFIG, PROVENANCE
+from klquant.checkpoint.index import CONFIG, INDEX, PROVENANCE
 from klquant.checkpoint.quantized import quantization_config
 from klquant.checkpoint.reader import CheckpointReader
-from klquant.checkpoint.writer import Shard, copy_side_files, write_index, write_json
+from klquant.checkpoint.writer import Shard, copy_side_files, json_bytes, write_index, write_json
 from klquant.core.versions import versions
 from klquant.pipeline.journal import Journal
 from klquant.pipeline.text import Text
@@ -18,17 +19,22 @@ SCHEMA = 1
 def finish(reader: CheckpointReader, plan: Plan, journal: Journal, shards: list[Shard], text: Text | None) -> dict:
     """Write what makes the folder a checkpoint, config.json last, and give it its name."""
     folder = journal.folder
-    provenance = _provenance(plan, journal, text)
-    copy_side_files(reader.folder, folder)
+    copied = copy_side_files(reader.folder, folder)
     write_index(folder, shards, plan.stored_sizes())
-    write_json(folder / PROVENANCE, provenance)
     specs = {module: spec for module, spec in plan.specs().items() if spec is not None}
     kept = [module for module, spec in plan.specs().items() if spec is None]
     config = {k: v for k, v in reader.raw_config.items() if k != "quantization_config"}
     if specs:
         config["quantization_config"] = quantization_config(specs, kept, reader.config)
+    files = {name: _record((folder / name).read_bytes()) for name in (*copied, INDEX)}
+    files[CONFIG] = _record(json_bytes(config))
+    write_json(folder / PROVENANCE, _provenance(plan, journal, text) | {"files": files})
     write_json(folder / CONFIG, config)
     return journal.finish()
+
+
+def _record(data: bytes) -> dict:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _provenance(plan: Plan, journal: Journal, text: Text | None) -> dict:

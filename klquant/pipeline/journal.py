@@ -197,3 +197,8 @@ def check_output(out: Path) -> None:
     """Raises UserError unless OUT can be made: it does not exist, or is an empty folder."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: exists and is not an empty folder; choose another output or empty it first")
+    home = next(parent for parent in out.absolute().parents if parent.exists())
+    if not home.is_dir():
+        raise UserError(f"{out}: cannot be created: {home} is a file; choose another output")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: cannot be created: {home} is not writable; choose another output")

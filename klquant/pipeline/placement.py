@@ -10,6 +10,7 @@ from klquant.calibrate.footprint import Footprint, widest_layer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.core.memory import CUDA_CONTEXT, free_memory, limit_memory
+from klquant.core.units import decimal
 from klquant.errors import UserError
 
 # Share of the host memory left that the streams may take before they go to files. A CPU works in the rest.
@@ -44,10 +45,10 @@ class Placement:
 
     def __str__(self) -> str:
         where = "in files beside the output, memory is short" if self.in_files else "in host memory"
-        text = f"activations ({self.streams / 1e9:.1f} GB) are kept {where}"
+        text = f"activations ({decimal(self.streams)}) are kept {where}"
         if self.host is None:
             return text
-        return f"{text}; about {self.host / 1e9:.1f} GB of RAM in all, and {self.device / 1e9:.1f} GB or more on a card"
+        return f"{text}; about {decimal(self.host)} of RAM in all, and {decimal(self.device)} or more on a card"
 
 
 def limit_devices(settings: WalkSettings, limits: Limits) -> None:
@@ -57,9 +58,7 @@ def limit_devices(settings: WalkSettings, limits: Limits) -> None:
     for device in settings.devices:
         room = int(CARD_SHARE * limits.gpu) - CUDA_CONTEXT
         if room <= 0:
-            raise UserError(
-                f"--max-gpu-memory {limits.gpu / 1e9:.1f} GB: CUDA itself takes {CUDA_CONTEXT / 1e9:.1f} GB"
-            )
+            raise UserError(f"--max-gpu-memory {decimal(limits.gpu)}: CUDA itself takes {decimal(CUDA_CONTEXT)}")
         limit_memory(device, room)
 
 
@@ -80,7 +79,7 @@ def place(
     least = working if cuda else need.least
     if allowed < least:
         raise UserError(
-            f"host memory: a layer takes about {least / 1e9:.1f} GB, {allowed / 1e9:.1f} GB are free or allowed; "
+            f"host memory: a layer takes about {decimal(least)}, {decimal(allowed)} are free or allowed; "
             "free memory or raise --max-cpu-memory"
         )
     in_files = size > MEMORY_SHARE[kind] * (allowed - working)
@@ -89,7 +88,7 @@ def place(
     for device in settings.devices:
         if (free := free_memory(device)) < need.least:
             raise UserError(
-                f"{device}: a layer takes about {need.least / 1e9:.1f} GB, {free / 1e9:.1f} GB are free or allowed; "
+                f"{device}: a layer takes about {decimal(need.least)}, {decimal(free)} are free or allowed; "
                 "free memory on the card, raise --max-gpu-memory or use --device cpu"
             )
     return Placement(size, in_files, working + (0 if in_files else size), need.least)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import klquant
+from klquant.calibrate.tokenizer import load_tokenizer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.writer import (
@@ -21,6 +22,7 @@ from klquant.checkpoint.writer import (
 )
 from klquant.core.device import hardware, pick_devices
 from klquant.core.memory import free_memory
+from klquant.core.units import decimal
 from klquant.errors import UserError
 from klquant.model.tuning import import_fla, tuning_note
 from klquant.pipeline.ahead import Ahead
@@ -91,6 +93,8 @@ def quantize(
                 watcher.note(note)
             spec = options.calib or plan.recipe.calibration.mix
             text = draw_text(spec, reader, plan.recipe.calibration, settings, watcher, journal)
+        elif lack := _missing_tokenizer(reader.folder):
+            watcher.note(f"{lack}: without it the result can neither be evaluated nor answer")
         if not before:
             journal.make()
             if text is not None:
@@ -104,6 +108,15 @@ def quantize(
             import_fla(settings.device, settings.dtype)
         _work(reader, plan, settings, journal, shards, text and text.calibration.ids, options.limits, watcher)
         return finish(reader, plan, journal, shards, text)
+
+
+def _missing_tokenizer(folder: Path) -> str | None:
+    """Why a checkpoint's tokenizer cannot be used, None where it can."""
+    try:
+        load_tokenizer(folder)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def check_model(reader: CheckpointReader) -> None:
@@ -169,11 +182,9 @@ def _compute(
         return units.head(decisions, store.streams, progress)
     except torch.OutOfMemoryError:
         device = units.settings.device
-        takes = (
-            f"a layer takes about {store.placement.device / 1e9:.1f} GB, " if store and device.type == "cuda" else ""
-        )
+        takes = f"a layer takes about {decimal(store.placement.device)}, " if store and device.type == "cuda" else ""
         raise UserError(
-            f"{device}: out of memory; {takes}{free_memory(device) / 1e9:.1f} GB are free or allowed: "
+            f"{device}: out of memory; {takes}{decimal(free_memory(device))} are free or allowed: "
             "free memory there or raise --max-gpu-memory, then --resume"
         ) from None
 

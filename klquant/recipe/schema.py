@@ -153,6 +153,10 @@ class Recipe(Section):
             return f"{self.name}: rules[{rule}]"
         return self._file.at(("rules", rule) if key is None else ("rules", rule, key))
 
+    def mix_at(self) -> str:
+        """Where its calibration text is named."""
+        return self.name if self._file is None else self._file.at(("calibration", "mix"))
+
 
 def known_recipes() -> list[str]:
     """Names of the recipes that travel with the package."""

@@ -117,7 +117,10 @@ def _check_kernels(target: Target, decision: Decision, recipe: Recipe) -> None:
         problem = f"{target.title} needs output features in multiples of {target.rows_multiple}; {what} has {rows}"
     else:
         return
-    raise UserError(f"{recipe.at(decision.rule, 'weights')}: {problem}")
+    raise UserError(
+        f"{recipe.at(decision.rule, 'weights')}: {problem}; keep it or change it in a recipe of your own, "
+        "or use --target klquant"
+    )
 
 
 def _check_uniform(target: Target, decisions: tuple[Decision, ...], recipe: Recipe) -> None:

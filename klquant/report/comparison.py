@@ -31,7 +31,7 @@ class Variant:
 
     @property
     def disk(self) -> int:
-        return self.result.model.size.disk
+        return self.result.model.size.tensors
 
     @property
     def contexts(self) -> set[int]:
@@ -205,6 +205,7 @@ def _names(results: Sequence[tuple[str, Result]]) -> list[str]:
 def _short_names(result: Result) -> tuple[str, str]:
     model, made = result.model, result.quantization
     if model.baseline is not None:
-        return model.baseline.title, f"{model.baseline.title}, {model.baseline.recipe}"
+        title, recipe = model.baseline.title, model.baseline.recipe
+        return title, title if model.baseline.method == "rtn" else f"{title}, {recipe}"  # RTN's has the recipe in it
     folder = Path(model.name).name or model.name
     return (folder if made is None else made.recipe), folder

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from klquant.core.units import decimal
 from klquant.evaluate.result import DomainText
 from klquant.report.comparison import Comparison
 from klquant.report.provenance import common_table, variant_table
 from klquant.report.sensitive import sensitivity_tables
-from klquant.report.spell import disk
 from klquant.report.table import Table
 from klquant.report.tables import choice_table, closeness, memory_tables, quality_table, size_table, summary_table
 from klquant.report.tasks import task_tables
@@ -71,7 +71,7 @@ def content(c: Comparison) -> Content:
 
 def _lead(c: Comparison) -> str:
     data, overall = c.first.data, c.first.overall
-    whole = disk(c.reference.checkpoint.size.disk)
+    whole = decimal(c.reference.checkpoint.size.tensors)
     kinds = ((len(c.takable), "variant"), (len(c.variants) - len(c.takable), "baseline"))
     counts = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for count, kind in kinds if count)
     return (

@@ -5,11 +5,12 @@ from itertools import pairwise
 
 from matplotlib.ticker import MaxNLocator
 
+from klquant.core.units import decimal
 from klquant.recipe.memory import CARDS, GIB
 from klquant.report.comparison import Comparison, Variant
 from klquant.report.labels import place_labels
 from klquant.report.marks import KLD, NARROW, WIDE, Plot, bars, floor_line, log_ticks, positive, short, style
-from klquant.report.spell import context, disk, memory_unit
+from klquant.report.spell import context, memory_unit
 from klquant.report.svg import INK, MUTED, PAPER, Canvas, draw
 
 
@@ -17,7 +18,7 @@ def pareto_disk(c: Comparison) -> Plot:
     largest = max(v.disk for v in c.variants)
     unit, name = (10**9, "GB") if largest >= 10**9 else (10**6, "MB")
     return _pareto(c, "pareto-disk", "Accuracy against disk", f"disk, {name}", lambda v: v.disk / unit, {},
-                   f"The reference takes {disk(c.reference.checkpoint.size.disk)}.")  # fmt: skip
+                   f"The reference takes {decimal(c.reference.checkpoint.size.tensors)}.")  # fmt: skip
 
 
 def pareto_memory(c: Comparison) -> Plot:

@@ -2,8 +2,8 @@
 
 import shlex
 
+from klquant.core.units import decimal
 from klquant.report.comparison import Comparison, Variant
-from klquant.report.spell import disk
 from klquant.report.table import Cell, Row, Table
 
 
@@ -11,7 +11,7 @@ def common_table(c: Comparison) -> Table:
     """What all variants share."""
     data, reference = c.first.data, c.reference
     pairs = [
-        ("reference", f"{reference.checkpoint.name}, {disk(reference.checkpoint.size.disk)}"),
+        ("reference", f"{reference.checkpoint.name}, {decimal(reference.checkpoint.size.tensors)}"),
         ("its weights", f"sha256 {reference.checkpoint.fingerprint}"),
         ("arithmetic", f"{reference.arithmetic.dtype} on {reference.arithmetic.device}, "
                        f"KDA by {reference.arithmetic.kda}"),

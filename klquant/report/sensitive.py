@@ -1,8 +1,9 @@
 """What each part of the model costs when only that part is quantized."""
 
+from klquant.core.units import decimal
 from klquant.evaluate.sensitivity_result import Entry, Sensitivity
 from klquant.report.comparison import Comparison
-from klquant.report.spell import decimals, disk, times
+from klquant.report.spell import decimals, times
 from klquant.report.table import Cell, Row, Table
 from klquant.report.tables import half_range, share
 from klquant.report.where import spoken
@@ -44,7 +45,7 @@ def _rows(c: Comparison, s: Sensitivity, places: int, unit: int) -> list[Row]:
             Cell(share(q.top1.mean, 1), half_range(q.top1, 1, 100)),
             Cell(first, "\n".join(others)),
             Cell(f"{part.weights / 1e6:,.1f} M"),
-            Cell(disk(_saved(e))),
+            Cell(decimal(_saved(e))),
             Cell(f"{rate:.{digits}f}" if rate > 0 else ""),
         ]
         if c.floor is not None:

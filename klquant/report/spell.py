@@ -14,16 +14,6 @@ def decimals(values: Iterable[float], digits: int = 2) -> int:
     return min(MOST_DECIMALS, max(0, digits - 1 - floor(log10(min(positive))))) if positive else digits
 
 
-def disk(nbytes: int) -> str:
-    """Decimal units, three digits: 24.3 GB."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007
-        if value < 999.5:
-            break
-        value /= 1000
-    return f"{nbytes} B" if unit == "B" else f"{value:#.3g}".rstrip(".") + f" {unit}"
-
-
 def context(tokens: int) -> str:
     """8 k, 128 k, 1 M in powers of two."""
     for size, unit in ((1 << 20, " M"), (1 << 10, " k")):

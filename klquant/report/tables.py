@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from klquant.core.units import decimal
 from klquant.evaluate.result import Interval, MemoryAt, Quality
 from klquant.recipe.memory import CARDS
 from klquant.report.comparison import Choice, Comparison, Variant
-from klquant.report.spell import change, context, decimals, disk, memory_unit, times
+from klquant.report.spell import change, context, decimals, memory_unit, times
 from klquant.report.table import Cell, Row, Table
 
 Unit = tuple[int, str]
@@ -41,7 +42,7 @@ def summary_table(c: Comparison) -> Table:
     for v in c.variants:
         q, size = v.result.overall, v.result.model.size
         cells = [
-            Cell(disk(size.disk), f"{c.reference.checkpoint.size.disk / size.disk:.2f} × less"),
+            Cell(decimal(size.tensors), f"{c.reference.checkpoint.size.tensors / size.tensors:.2f} × less"),
             Cell(f"{q.kld.mean:.{places}f}", half_range(q.kld, places)),
             Cell(share(q.top1.mean, 1), half_range(q.top1, 1, 100)),
             _change(q.perplexity_ratio),
@@ -104,7 +105,10 @@ def size_table(c: Comparison) -> Table:
     columns = ("disk", "of the reference", "routed experts", "always active", "whole")
     rows = [Row(head(c, v), _size(c, v.result.model.size)) for v in c.variants]
     rows.append(Row(Cell(c.reference.checkpoint.name), _size(c, c.reference.checkpoint.size), "reference"))
-    note = "Bits a weight, with scales and padding. Always active: all but routed experts and embedding."
+    note = (
+        "Disk: the tensors, without the headers of files. Bits a weight, with scales and padding. Always active: all "
+        "but routed experts and embedding."
+    )
     return Table("Disk and bits a weight", columns, tuple(rows), note, corner="variant")
 
 
@@ -175,8 +179,8 @@ def _quality(q: Quality, places: int) -> tuple[Cell, ...]:
 
 def _size(c: Comparison, size) -> tuple[Cell, ...]:
     bits = size.bits
-    share = Cell(f"{100 * size.disk / c.reference.checkpoint.size.disk:.1f} %")
-    return (Cell(disk(size.disk)), share, *(Cell(f"{b:.2f}") for b in (bits.routed_experts, bits.always_active,
+    share = Cell(f"{100 * size.tensors / c.reference.checkpoint.size.tensors:.1f} %")
+    return (Cell(decimal(size.tensors)), share, *(Cell(f"{b:.2f}") for b in (bits.routed_experts, bits.always_active,
                                                                        bits.whole)))  # fmt: skip
 
 
@@ -188,7 +192,7 @@ def _change(ratio: Interval) -> Cell:
 
 def _perplexity_note(c: Comparison) -> str:
     unclear = any(v.result.overall.perplexity_ratio.low is not None for v in c.variants)
-    return "≈: a change of perplexity whose range includes none." if unclear else ""
+    return "≈: a change of perplexity whose range includes zero." if unclear else ""
 
 
 def share(share: float, places: int) -> str:

@@ -92,7 +92,7 @@ def _parts_table(c: Comparison, a: Asked) -> Table:
 
 def _score(a: Asked, score: TaskScore | None) -> Cell:
     if score is None:
-        return Cell("")
+        return Cell("not asked", quiet=True)
     d = score.difference
     if d is None:
         return _value(a, score)
@@ -107,7 +107,7 @@ def _score(a: Asked, score: TaskScore | None) -> Cell:
 
 def _value(a: Asked, value: TaskValue | TaskPart | None) -> Cell:
     if value is None:
-        return Cell("")
+        return Cell("not asked", quiet=True)
     error = "" if value.standard_error is None else f"± {_number(a, value.standard_error)}"
     return Cell(_number(a, value.value), error)
 

@@ -61,5 +61,5 @@ def test_self_is_a_mix(model):
 
 def test_a_model_that_does_not_fit_is_refused_with_figures(model, monkeypatch):
     monkeypatch.setattr(sample, "free_memory", lambda device=None: 1000)
-    with pytest.raises(UserError, match=r"needs the whole model in memory: .* GB"):
+    with pytest.raises(UserError, match=r"needs the whole model in memory: [\d.]+ MB, 1\.00 kB are free"):
         draw(model)

@@ -1,5 +1,6 @@
 """`verify` finds each kind of damage, names it, and is content with what is whole."""
 
+import hashlib
 import shutil
 
 import pytest
@@ -93,7 +94,21 @@ def test_provenance_does_not_leave_the_folder(folder):
     only(folder, PROVENANCE, "plain file name")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"shards": 3}', '{"shards": {"a": 1}}'])
+def test_a_side_file_that_changed_or_is_gone(folder):
+    file = folder / "tokenizer.json"
+    data = file.read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_json(folder / PROVENANCE, lambda p: p.update(files={"tokenizer.json": entry}))
+    assert verify(folder) == []
+    file.write_bytes(data + b" ")
+    only(folder, "tokenizer.json: differs from what was written")
+    file.unlink()
+    only(folder, "tokenizer.json: cannot be read")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"shards": 3}', '{"shards": {"a": 1}}', '{"shards": {}, "files": 3}']
+)
 def test_a_broken_provenance(folder, text):
     (folder / PROVENANCE).write_text(text)
     only(folder, f"{PROVENANCE}: ")

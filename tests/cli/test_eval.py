@@ -93,8 +93,12 @@ def test_without_lm_eval_its_tasks_say_what_to_install(tiny, texts, tmp_path, mo
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (("-o", "{mine}"), "mine.txt: is there already and no result of klquant eval"),
+        (("-o", "{parts}"), "parts.json: is there already and no result of klquant eval"),
         (("--data", "none.jsonl"), "none.jsonl"),
         (("--against", "none"), "none"),
+        (("--data", "self"), "'self' is for calibration only; give text files or a mix (known: tiny, default)"),
+        (("--data", "tiny"), "--data: 'tiny' is a mix and stands alone"),
         (("--floor",), "--floor needs --against"),
         (("--as", "rtn", "--against", "none"), "leave out --against"),
         (("--recipe", "int4"), "--recipe needs --as"),
@@ -106,6 +110,18 @@ def test_without_lm_eval_its_tasks_say_what_to_install(tiny, texts, tmp_path, mo
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_2(tiny, texts, tmp_path, args, message):
+    mine, parts = tmp_path / "mine.txt", tmp_path / "parts.json"
+    mine.write_text("mine")
+    parts.write_text('{"kind": "klquant-sensitivity"}')
+    args = [str(arg).format(mine=mine, parts=parts) for arg in args]
     done = run(tiny, "--data", texts, "-o", tmp_path / "r.json", *args)
     assert done.exit_code == 2 and message in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "r.json").exists()
+    assert sorted(tmp_path.iterdir()) == [mine, parts]
+    assert (mine.read_text(), parts.read_text()) == ("mine", '{"kind": "klquant-sensitivity"}')
+
+
+def test_a_result_is_replaced_by_one_of_the_same_command(tiny, texts, tmp_path):
+    out = tmp_path / "r.json"
+    out.write_text('{"kind": "klquant-eval", "schema_version": 0}')
+    assert run(tiny, "--data", texts, "--window", 64, "--windows", 1, "-o", out).exit_code == 0
+    assert load_result(out).overall.windows == 2

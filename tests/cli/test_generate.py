@@ -12,13 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from klquant.cli.main import main
+from klquant.cli.spell import unicode_text
 from tests.tiny import tiny_checkpoint, tiny_config, tiny_tensors, write_checkpoint
 
 DEMO = str(Path(__file__).parents[2] / "demo" / "model")
 PROMPT = "def test_open("
 
 
-def run(*args: object, stdin: str | None = None):
+def run(*args: object, stdin: str | bytes | None = None):
     return CliRunner().invoke(main, [*map(str, args)], prog_name="klquant", input=stdin, catch_exceptions=False)
 
 
@@ -56,6 +57,9 @@ def test_a_chat_template_is_used_unless_raw(tmp_path):
     [
         (["nope", "x"], "nope: no such folder"),
         ([DEMO, " "], "the prompt is empty"),
+        ([DEMO, "\udcff"], "the prompt is not UTF-8 text"),  # as Python reads the byte FF of a command line
+        ([DEMO, "x", "--device", "tpu"], "unknown device 'tpu'"),
+        ([DEMO, "x", "--max-new-tokens", 0], "error: --max-new-tokens is 0"),
         ([DEMO, "x", "--devices", "cuda:9"], "device cuda:9: 0 CUDA"),
         ([DEMO, "x", "--devices", "tpu"], "unknown device 'tpu'"),
         ([DEMO, "x" * 300, "--devices", "cpu", "--max-context", 64], "tokens, which fills the context of 64"),
@@ -64,7 +68,7 @@ def test_a_chat_template_is_used_unless_raw(tmp_path):
         ([DEMO, "x", "--devices", ""], "unknown device ''"),
         ([DEMO, "x", "--devices", "cpu:3"], "unknown device 'cpu:3'"),
         ([DEMO, "x", "--max-memory", "cpu=1GB,cpu=2GB"], "names a device twice"),
-        ([DEMO, "x", "--top-p", 2], "top_p is 2.0, expected above 0 and at most 1"),
+        ([DEMO, "x", "--top-p", 2], "error: --top-p is 2.0, expected above 0 and at most 1"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(args, message):
@@ -79,7 +83,25 @@ def test_a_prompt_longer_than_the_context_is_refused_before_weights_are_read(mon
     assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.endswith("which fills the context of 4,096; shorten it\n")
     shorter = run("generate", DEMO, "x " * 90, "--devices", "cpu", "--max-context", 64)
-    assert "or raise max_context (the model's limit is 4,096)" in shorter.stderr
+    assert "or raise --max-context (the model's limit is 4,096)" in shorter.stderr
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    assert unicode_text("é".encode().decode("ascii", "surrogateescape"), "it") == "é" == unicode_text("é", "it")
+    done = run("generate", DEMO, "-", stdin=b"\xff")
+    assert (done.exit_code, done.stderr) == (2, "klquant: error: the prompt is not UTF-8 text\n")
+
+
+def test_chat_goes_on_after_what_is_no_text():
+    done = run("chat", DEMO, "--devices", "cpu", "--max-new-tokens", 2, stdin=b"\xff\nhello\n")
+    assert done.exit_code == 0 and "not UTF-8 text" in done.stderr and "cut off by --max-new-tokens" in done.stderr
+
+
+def test_keys_of_a_file_keep_their_names(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model")
+    (model / "generation_config.json").write_text('{"temperature": "hot"}')
+    done = run("generate", model, "hello", "--device", "cpu")
+    assert done.exit_code == 2 and "generation_config.json: temperature is 'hot'" in done.stderr
 
 
 @pytest.fixture

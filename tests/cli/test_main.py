@@ -55,6 +55,19 @@ def test_an_interrupt_is_one_line_and_exit_130(fail):
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "klquant: interrupted\n")
 
 
+def test_an_interrupt_while_the_first_modules_are_imported():
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from klquant.__main__ import run; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "klquant: interrupted\n")
+
+
 def test_a_bug_keeps_its_traceback(fail):
     fail(ZeroDivisionError())
     assert isinstance(run("fail").exception, ZeroDivisionError)
@@ -78,6 +91,21 @@ def test_a_name_that_no_file_can_have_is_one_line_and_exit_2(args):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "args",
+    [("plan",), ("inspect",), ("verify",), ("quantize", "-o", "out"), ("generate", "hello"), ("eval", "-o", "r.json"),
+     ("sensitivity", "-o", "r.json"), ("bench",)],
+    ids=lambda args: args[0],
+)  # fmt: skip
+def test_a_file_where_a_folder_belongs(args, tmp_path):
+    command, *others = args
+    file = tmp_path / "config.json"
+    file.touch()
+    result = run(command, str(file), *others)
+    assert (result.exit_code, result.stderr) == (
+        2, f"klquant: error: {file}: is a file; give the checkpoint folder\n")  # fmt: skip
+
+
 def test_a_terminal_that_knows_few_characters_gets_others():
     """Not a traceback: many symbols that tables use are in no 8-bit encoding."""
     done = subprocess.run(
@@ -85,6 +113,13 @@ def test_a_terminal_that_knows_few_characters_gets_others():
         capture_output=True, text=True, encoding="ascii", env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "") and " ? " in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(closed):
+    command = f'"{sys.executable}" -m klquant.cli.main plan "{DEMO}" --recipe int4 {closed}'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_wrong_command_line_is_one_line_that_names_the_help(fail):

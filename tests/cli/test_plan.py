@@ -1,4 +1,5 @@
 import json
+import re
 import time
 
 import pytest
@@ -35,6 +36,13 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_cut(wide, monkeypatch
     lines = run(wide, "--target", "vllm").stdout.splitlines()
     assert max(map(len, lines)) <= width
     assert not any("…" in line for line in lines)
+
+
+def test_a_narrow_terminal_breaks_lines_and_cuts_no_figure(wide, monkeypatch):
+    monkeypatch.setattr("klquant.cli.render.PIPE_WIDTH", 100)
+    sizes = re.findall(r"\d\S* [kM]?B", run(wide).stdout)
+    monkeypatch.setattr("klquant.cli.render.PIPE_WIDTH", 40)
+    assert re.findall(r"\d\S* [kM]?B", run(wide).stdout) == sizes
 
 
 def test_what_a_target_changes_is_shown_with_its_cost(wide):
@@ -76,6 +84,14 @@ def test_a_users_recipe_is_used_and_its_errors_carry_the_line(wide, tmp_path):
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith(f"klquant: error: {mine}:4: tensors: unknown tensor class 'mla_prj'")
     assert result.stderr.count("\n") == 1
+
+
+def test_text_that_a_recipe_misspells_is_named_by_its_line(wide, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    rule = f"{{tensors: mla_proj, {INT4.replace('rtn', 'gptq')}}}"
+    recipe.write_text(text(rule, tail="calibration:\n  mix: defualt\n"))
+    result = run(wide, "--recipe", recipe)
+    assert result.exit_code == 2 and "mine.yaml:6: text 'defualt': no such file" in result.stderr
 
 
 def test_a_split_class_shows_which_part_a_row_is(wide, tmp_path):

@@ -261,6 +261,8 @@ BAD = {
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), [], "tokenizer"),
     "token ids": (far_token, [], r"tokenizer\.json: token ids up to 700 lie beyond the model's vocabulary of 320"),
     "no CUDA": (None, ["--device", "cuda:7"], r"device cuda:7: \d CUDA device\(s\) found here; use cpu"),
+    "a device twice": (None, ["--device", "cpu,cpu"], "devices cpu,cpu: one comes twice"),
+    "expert groups": (edit_config(topk_group=5), [], r"config\.json: topk_group 5 exceeds num_expert_group 1"),
     "unknown device": (None, ["--device", "tpu"], "unknown device 'tpu'; use cpu, cuda or cuda:N"),
     "vllm and INT3": (
         None, ["--recipe", "{tmp}/int3.yaml", "--target", "vllm"], r"int3\.yaml:4: vLLM .* has no INT3 kernel"
@@ -303,7 +305,7 @@ def test_a_disk_too_small_is_refused_before_any_work(model, small, tmp_path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     result = quantize(model, "-o", tmp_path / "a" / "out", "--recipe", small)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert re.search(rf"error: {tmp_path}: the result takes 0\.0 GB, but only 0\.0 GB are free", result.stderr)
+    assert re.search(rf"error: {tmp_path}: the result takes [\d.]+ kB, but only 1\.00 kB are free", result.stderr)
 
 
 @pytest.mark.parametrize("size", ["5 pounds", "0GB", "-1", ""])

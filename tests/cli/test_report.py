@@ -49,6 +49,10 @@ def test_markdown_json_and_the_plot_are_printed_or_written(files, tmp_path):
         (("{alone}", "--md"), "alone.json: evaluated without a reference"),
         (("{int4}", "{windows}", "--md"), "cannot be compared: other windows"),
         (("{int4}",), "-o report.html"),
+        (("{int4}", "--md", "--json"), "--md, --json and --svg exclude each other"),
+        (("{int4}", "{folder}/../{folder.name}/int4.json", "--md"), "int4.json: comes twice"),
+        (("{int4}", "--md", "-o", "{int4}"), "int4.json: is there already and no report"),
+        (("{int4}", "-o", "{other}"), "other.json: is there already and no report"),
         (("{int4}", "-o", "{folder}/none/report.html"), "none/report.html: cannot be written: No such file"),
         (("{int4}", "--md", "-o", "{cut}/report.md"), "cut.json/report.md: cannot be written: Not a directory"),
         (("{int4}", "--md", "-o", "{folder}/.."), "cannot be written: "),
@@ -65,8 +69,20 @@ def test_what_a_user_can_mend_is_one_line_and_exit_2(files, tmp_path, args, mess
     for name, text in named.items():
         (tmp_path / f"{name}.json").write_text(text)
     paths = {name: tmp_path / f"{name}.json" for name in (*named, "int4")} | {"folder": tmp_path}
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     done = run(*(arg.format(**paths) for arg in args))
     assert done.exit_code == 2 and message in done.stderr.splitlines()[-1] and done.stdout == ""
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("form", ["html", "md", "json", "svg"])
+def test_a_report_is_written_again(files, tmp_path, form):
+    out = tmp_path / f"report.{form}"
+    args = (*files, *(() if form == "html" else (f"--{form}",)), "-o", out)
+    out.touch()  # an empty file is nobody's work
+    for _ in range(2):
+        done = run(*args)
+        assert (done.exit_code, done.output) == (0, "")
 
 
 def test_without_matplotlib_html_says_what_to_install_and_text_does_without(files, tmp_path):

@@ -72,6 +72,7 @@ def test_a_quantized_checkpoint_by_layer_as_json(args, model, work, tmp_path):
         (("--recipe", "int5"), "unknown recipe 'int5'"),
         (("--recipe", "int4", "--quantized", "x"), "exclude each other"),
         (("--quantized", "none"), "none"),
+        (("--minutes", "nan"), "--minutes is no number of minutes"),
         (("--recipe", "int4"), "group_size 128 does not divide the 64 input features"),
         (("--device", "cuda:9"), "cuda:9"),
     ],

@@ -48,8 +48,9 @@ def texts(tmp_path_factory):
 @pytest.fixture
 def sweep(model, texts):
     def call(out, recipes, *args: object):
-        command = ["sweep", model, "--recipes", ",".join(recipes), "-o", out, "--data", texts, "--window", 64,
-                   "--windows", 2, "--device", "cpu", *args]  # fmt: skip
+        data = [] if "--data" in args else ["--data", texts]
+        command = ["sweep", model, "--recipes", ",".join(recipes), "-o", out, *data, "--window", 64, "--windows", 2,
+                   "--device", "cpu", *args]  # fmt: skip
         return CliRunner().invoke(main, list(map(str, command)), prog_name="klquant", catch_exceptions=False)
 
     return call
@@ -155,12 +156,12 @@ def test_a_checkpoint_made_anew_is_judged_anew(sweep, undrawn, recipes, passes, 
 def test_a_folder_of_another_sweep_is_refused_by_what_differs(sweep, undrawn, recipes, tmp_path):
     assert sweep(tmp_path, recipes[:1]).exit_code == 0
     for args, what in (
-        (("--windows", 3), "windows"),
-        (("--calib", "tiny"), "calib"),
-        (("--dtype", "bfloat16"), "dtype"),
+        (("--windows", 3), "--windows was 2, now 3"),
+        (("--calib", "tiny"), "--calib was not given, now tiny"),
+        (("--dtype", "bfloat16"), "--dtype was not given, now bfloat16"),
     ):
         done = sweep(tmp_path, recipes[:1], *args)
-        assert done.exit_code == 2 and f"a sweep with other {what} is there" in done.stderr
+        assert done.exit_code == 2 and f"another sweep is there ({what}); repeat" in done.stderr
 
 
 def test_a_checkpoint_is_no_folder_for_a_sweep(sweep, recipes, tmp_path):
@@ -168,6 +169,20 @@ def test_a_checkpoint_is_no_folder_for_a_sweep(sweep, recipes, tmp_path):
     done = sweep(tmp_path, recipes[:1])
     assert done.exit_code == 2 and "is a checkpoint" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_files_that_are_not_a_sweeps_stay(sweep, recipes, tmp_path):
+    (tmp_path / "report.md").write_text("mine")
+    done = sweep(tmp_path, recipes[:1])
+    assert done.exit_code == 2 and "is neither empty nor a sweep's" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
+
+
+@pytest.mark.parametrize("option", ["--data", "--calib"])
+def test_text_that_is_not_there_claims_no_folder(sweep, recipes, option, tmp_path):
+    done = sweep(tmp_path / "out", recipes[:1], option, "nope.txt")
+    assert done.exit_code == 2 and "'nope.txt': no such file" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["[]", "{"])

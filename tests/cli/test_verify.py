@@ -32,7 +32,7 @@ def test_a_good_checkpoint_is_one_line(made, tiny):
     result = verify(made)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.startswith(f"{made}: good: 351 tensors, ") and result.stdout.count("\n") == 1
-    assert result.stdout.endswith("; the files are as they were written\n")
+    assert result.stdout.endswith("; the weight files are as they were written\n")
     assert verify(tiny).stdout.endswith("; no hashes to compare with\n")
 
 

@@ -84,6 +84,7 @@ def test_rounding_is_what_quantize_does_without_calibration(reader, texts, optio
     assert judged.model.size.bits == made.model.size.bits and judged.model.size.memory == made.model.size.memory
     infos = QuantizedReader.open(tmp_path / "rounded").files.tensors
     assert judged.model.size.disk == sum(info.nbytes for info in infos.values())
+    assert judged.model.size.tensors == judged.model.size.disk == made.model.size.tensors < made.model.size.disk
     assert judged.model.scheme == made.model.scheme
     assert judged.reference == made.reference and judged.quantization is None
     assert load_result(tmp_path / "r.json") == judged

@@ -361,3 +361,16 @@ def test_a_tensor_that_does_not_belong_there_is_refused(tmp_path):
 
 def test_provenance_is_json_without_nan(whole):
     json.loads((whole / "klquant.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_side_files_are_hashed_and_a_missing_tokenizer_is_said(copied, tmp_path):
+    """One is needed to calibrate, and none to round."""
+    log = Log()
+    files = run(copied, tmp_path / "out", recipe(ROUND), log)["files"]
+    assert {"tokenizer.json", "config.json", "model.safetensors.index.json"} <= files.keys() and log.notes == []
+    assert verify(tmp_path / "out") == []
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json: differs from what was written" in verify(tmp_path / "out")[0]
+    (copied / "tokenizer.json").unlink()
+    run(copied, tmp_path / "bare", recipe(ROUND), log)
+    assert len(log.notes) == 1 and "no tokenizer.json" in log.notes[0] and verify(tmp_path / "bare") == []

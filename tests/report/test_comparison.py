@@ -174,6 +174,17 @@ def test_baselines_of_one_method_are_told_apart_by_their_recipes():
     made = second.model.baseline.model_copy(update={"recipe": "int3"})
     second = second.model_copy(update={"model": second.model.model_copy(update={"baseline": made})})
     assert names(compare(first, second).variants) == ["NF4 (bnb), int4", "NF4 (bnb), int3"]
+    rounded = first.model_copy(update={"model": first.model.model_copy(update={
+        "baseline": first.model.baseline.model_copy(update={"method": "rtn", "title": "RTN of int4"})})})  # fmt: skip
+    assert sorted(names(compare(first, second, rounded).variants))[2] == "RTN of int4"
+
+
+def test_headers_of_files_are_no_size():
+    """A checkpoint has them, a baseline does not."""
+    int4 = result("int4", 0.0125, 26.8)
+    size = int4.model.size.model_copy(update={"disk": 27_000_000_000})
+    c = compare(int4.model_copy(update={"model": int4.model.model_copy(update={"size": size})}))
+    assert c.variants[0].disk == 26_800_000_000
 
 
 def test_sensitivities_stand_beside_results_of_the_same_windows(tmp_path):

@@ -7,11 +7,11 @@ from tests.test_layers import imports
 
 ALLOWED = {
     "klquant.errors", "klquant.evaluate.result", "klquant.evaluate.sensitivity_result", "klquant.evaluate.tasks.record",
-    "klquant.recipe.memory",
+    "klquant.recipe.memory", "klquant.core.units",
 }  # fmt: skip
 
 
-def test_the_report_knows_the_results_schema_and_the_cards_only():
+def test_the_report_knows_the_results_schema_the_cards_and_units_only():
     folder = Path(klquant.report.__file__).parent
     used = {module for path in folder.glob("*.py") for module in imports(path)}
     assert {module for module in used if not module.startswith("klquant.report")} <= ALLOWED

@@ -60,11 +60,11 @@ def test_what_is_no_share_is_no_percentage():
     assert (cell.text, cell.detail, cell.quiet) == ("7.250", "+0.250", False)
 
 
-def test_a_variant_that_was_not_asked_has_a_gap():
+def test_a_variant_that_was_not_asked_is_called_that():
     c = compare(few("int8", 0.002, 50), few("int4", 0.01, 27, tasks=tasks(1)))
     scores, _, mmlu, _ = task_tables(c)
-    assert [r.cells[1].text for r in scores.rows] == ["", "", ""] != [r.cells[2].text for r in scores.rows]
-    assert [cell.text for cell in mmlu.rows[1].cells][:3] == ["40", "0.0 %", ""]
+    assert [r.cells[1].text for r in scores.rows] == ["not asked"] * 3 != [r.cells[2].text for r in scores.rows]
+    assert [cell.text for cell in mmlu.rows[1].cells][:3] == ["40", "0.0 %", "not asked"]
 
 
 def test_other_questions_are_refused():

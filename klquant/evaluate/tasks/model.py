@@ -18,6 +18,7 @@ from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.names import expected_tensors
 from klquant.checkpoint.reader import is_finite
 from klquant.core.memory import free_memory
+from klquant.core.units import decimal
 from klquant.errors import UserError
 from klquant.evaluate.score import CHUNK_ELEMENTS
 from klquant.evaluate.trace import BATCH_TOKENS, Runner
@@ -81,7 +82,7 @@ def require_resident(runner: Runner, task: str) -> None:
     if not (runner.resident or fits(runner)):
         raise UserError(
             f"task {task} has the model write text, which needs all of it on the device: "
-            f"{_nbytes(runner) / 1e9:.1f} GB, {free_memory(runner.device) / 1e9:.1f} GB are free; leave the task out "
+            f"{decimal(_nbytes(runner))}, {decimal(free_memory(runner.device))} are free; leave the task out "
             "or take a larger device"
         )
 

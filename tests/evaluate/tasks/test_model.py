@@ -127,5 +127,5 @@ def test_infinite_values_are_refused(open_model, tmp_path, name, message):
 
 
 def test_a_model_that_does_not_fit_is_said_so_with_figures(tiny, open_model, streamed):
-    with pytest.raises(UserError, match=r"task gsm8k has the model write text, .* GB, .* GB are free; leave"):
+    with pytest.raises(UserError, match=r"task gsm8k has the model write text, .* [\d.]+ MB, .* are free; leave"):
         require_resident(open_model(tiny).runner, "gsm8k")
