@@ -145,6 +145,12 @@ def test_layers_on_two_gpus(trained, demo_model):
     assert len(both.runner.stages) == 2
     texts = prompts(trained[1])
     assert [a.tokens for a in both.generate(texts, GREEDY)] == [a.tokens for a in one.generate(texts, GREEDY)]
+    # Each alone, in graphs: one a stage.
+    for engine in (one, both):
+        engine.runner._met = Counter(dict.fromkeys(GRAPHED, BEFORE_GRAPH))
+    for text in texts[1:]:
+        assert both.generate([text], GREEDY)[0].tokens == one.generate([text], GREEDY)[0].tokens
+    assert all(any(key[0] == "prompt" for key in g._captured) for g in both.runner._graphs.values())
 
 
 @pytest.mark.slow
