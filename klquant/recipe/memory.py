@@ -175,9 +175,12 @@ def _chunk_estimate(config: KimiLinearConfig, tokens: int, past: int, sequences:
     kda = tokens * (c.kda_width * (14 * value + 4) + c.kda_width * c.kda_dim * value // 64)
     # of several prompts in a chunk the states before and after, and each has a chunk of the kernel that is not full
     kda += (min(sequences, tokens) if sequences > 1 else 0) * c.kda_width * c.kda_dim * (8 + value)
-    # kv_b's output, keys, values as wide as keys, of the chunk and of a block before it; queries, outputs, their sum
-    expanded = c.num_heads * (c.qk_nope_dim + c.v_dim + 2 * c.qk_dim) * value
-    mla = (tokens + past) * expanded + tokens * c.num_heads * (3 * c.qk_dim * value + 2 * c.v_dim * 4)
+    # keys and values as wide as they, of the chunk and of a block before it, and kv_b's output, of which they are made,
+    # of one of them; queries, outputs, their sum
+    expanded = c.num_heads * 2 * c.qk_dim * value
+    made_of = c.num_heads * (c.qk_nope_dim + c.v_dim) * value
+    mla = (tokens + past) * expanded + max(tokens, past) * made_of
+    mla += tokens * c.num_heads * (3 * c.qk_dim * value + 2 * c.v_dim * 4)
     # hidden units and output of each of a token's experts; gate, up and hidden units of the dense MLP
     moe = tokens * c.top_k * (c.hidden_size + c.moe_intermediate_size) * value
     dense = tokens * 3 * c.intermediate_size * value

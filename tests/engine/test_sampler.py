@@ -132,7 +132,7 @@ def test_repetition_penalty_as_transformers_has_it():
 def test_a_drawn_token_counts_as_seen():
     row = logits()
     state = SamplingState.empty(1, VOCAB, "cpu")
-    state.set(0, SamplingParams(repetition_penalty=1e9, seed=0), [])
+    state.set(0, SamplingParams(repetition_penalty=1e6, seed=0), [])
     tokens = [sample(row, state, torch.tensor([0]), torch.tensor([i]), "full").token.item() for i in range(10)]
     positive = (row > 0).sum().item()
     assert len(set(tokens[: min(10, positive)])) == min(10, positive)
