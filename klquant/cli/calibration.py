@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from klquant.recipe.plan import Plan
 
 
-def with_calibration(recipe: Recipe, tokens: int | None, window: int | None) -> Recipe:
-    """The recipe with what the command line says of its calibration. A number of tokens asked for is kept to."""
+def with_calibration(recipe: Recipe, tokens: int | None, window: int | None, option: str) -> Recipe:
+    """The recipe with what the command line says of its calibration, the window by `option`. A number of tokens asked
+    for is kept to."""
     changes = {} if window is None else {"window": window}
     if tokens is not None:
         changes |= {"tokens": tokens, "max_tokens": tokens, "min_expert_tokens": 0}
@@ -22,7 +23,7 @@ def with_calibration(recipe: Recipe, tokens: int | None, window: int | None) -> 
         old = recipe.calibration
         raise UserError(
             f"a calibration window of {window or old.window} tokens is longer than the {tokens or old.tokens} tokens "
-            "to calibrate on; give more with --calib-tokens, or a shorter --window"
+            f"to calibrate on; give more with --calib-tokens, or a shorter {option}"
         ) from None
     return recipe.model_copy(update={"calibration": params})
 

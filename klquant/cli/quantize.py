@@ -62,7 +62,7 @@ def command(
     Work goes layer by layer and lies in OUT.unfinished meanwhile. However it was stopped, the same command with
     --resume goes on from the last finished layer and ends with the same bytes.
     """
-    chosen = with_calibration(load_recipe(recipe), calib_tokens, window)
+    chosen = with_calibration(load_recipe(recipe), calib_tokens, window, "--window")
     if resume and (out / PROVENANCE).exists():
         raise UserError(f"{out}: is finished already; `klquant verify {out}` tells whether it is whole")
 

@@ -65,7 +65,7 @@ def command(
     The reference runs once. The same command goes on where it was stopped, and with more recipes adds to what is there.
     """
     require_plots()
-    chosen = [with_calibration(recipe, calib_tokens, calib_window) for recipe in _recipes(recipes)]
+    chosen = [with_calibration(recipe, calib_tokens, calib_window, "--calib-window") for recipe in _recipes(recipes)]
     methods = _methods(baselines)
 
     from klquant.checkpoint.hub import resolve_model
