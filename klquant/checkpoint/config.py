@@ -132,17 +132,16 @@ class KimiLinearConfig:
             raise UserError(f"{where}: num_experts_per_token {config.top_k} exceeds num_experts {config.num_experts}")
         if config.num_experts % config.num_groups:
             raise UserError(f"{where}: num_expert_group {config.num_groups} does not divide num_experts")
-        if config.num_groups > 1:
-            size = config.num_experts // config.num_groups
-            if size < 2:
-                raise UserError(f"{where}: num_expert_group {config.num_groups} leaves groups of a single expert")
-            if not config.top_k <= config.topk_group * size <= config.num_experts:
-                raise UserError(
-                    f"{where}: topk_group {config.topk_group} of {config.num_groups} groups of {size} experts cannot "
-                    f"give num_experts_per_token {config.top_k}"
-                )
         if config.topk_group > config.num_groups:
             raise UserError(f"{where}: topk_group {config.topk_group} exceeds num_expert_group {config.num_groups}")
+        size = config.num_experts // config.num_groups
+        if config.num_groups > 1 and size < 2:
+            raise UserError(f"{where}: num_expert_group {config.num_groups} leaves groups of a single expert")
+        if config.top_k > config.topk_group * size:
+            raise UserError(
+                f"{where}: topk_group {config.topk_group}, groups of {size} experts, is too few for "
+                f"num_experts_per_token {config.top_k}"
+            )
         bad = [i for i in (config.bos_id, config.pad_id, *config.eos_ids) if not 0 <= i < config.vocab_size]
         if bad:
             raise UserError(f"{where}: special token id {bad[0]!r} is outside the vocabulary of {config.vocab_size}")

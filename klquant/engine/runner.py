@@ -34,7 +34,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 # Rows that short prompts are padded to for graphs: the host takes longer to launch their kernels than the GPU to run
 # them.
 GRAPHED = (32, 64, 128, 192, 256, 384, 512, 768, GRAPHED_PROMPT)
-# Prompts of a size that run without one first: making a graph takes as long as four of them.
+# Prompts of a size that run without one first: making a graph takes two more runs and a capture.
 BEFORE_GRAPH = 4
 
 

@@ -24,6 +24,15 @@ REFUSED = {
     "grouped queries": ({"num_key_value_heads": 1}, "num_key_value_heads must equal"),
     "more routes than experts": ({"num_experts_per_token": 9}, "num_experts_per_token 9 exceeds"),
     "groups that do not divide": ({"num_expert_group": 3}, "num_expert_group 3 does not divide"),
+    "more groups a token than there are": ({"topk_group": 2}, "topk_group 2 exceeds num_expert_group 1"),
+    "groups of one expert": (
+        {"num_experts": 8, "num_expert_group": 8, "topk_group": 4},
+        "num_expert_group 8 leaves groups of a single expert",
+    ),
+    "groups too few for a token's experts": (
+        {"num_experts": 8, "num_expert_group": 4, "topk_group": 1, "num_experts_per_token": 4},
+        "topk_group 1, groups of 2 experts, is too few for num_experts_per_token 4",
+    ),
     "a token beyond the vocabulary": ({"bos_token_id": 320}, "token id 320 is outside the vocabulary of 320"),
     "no end of text": ({"eos_token_id": None}, "eos_token_id is missing"),
     "an end of text that is no number": ({"eos_token_id": ["x"]}, "eos_token_id is ['x']"),
