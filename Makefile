@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
+# Processes that share the tests; each computes with one thread.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 OUT := demo-out
@@ -27,7 +29,7 @@ endif
 	touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
