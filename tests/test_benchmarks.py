@@ -5,11 +5,15 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import evaluate_scale, kernel_cases, kernel_peers, kernels, quantize_scale
 from benchmarks.kernel_cases import Case
 from benchmarks.kernel_peers import Timed
+from benchmarks.peers.job import make_job, module_name
 from benchmarks.synthetic import bytes_of, make_config, open_checkpoint
+from klquant.checkpoint.names import parse_name
+from klquant.checkpoint.reader import CheckpointReader
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +104,33 @@ def test_peers_on_a_gpu():
         timed = kernel_peers.time_peer(name, "shared down", 4, 4)
         assert timed.us and timed.error < kernels.MOST_ERROR, timed
     assert kernel_peers.time_peer("BF16", kernel_cases.LAYER, 4, 16).us
+
+
+def test_a_peers_weights_get_back_under_the_hubs_names(tmp_path, demo_model):
+    job = make_job(demo_model, "int4", str(demo_model.parent / "text" / "calib"), windows=2, device="cpu")
+    assert job.ids_WS.shape == (2, 2048) and job.routed.bits == 4
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(demo_model))
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    experts = {name for name in job.specs if ".experts." in name}
+    fused = {name for name, module in model.named_modules() if type(module).__name__.endswith("Experts")}
+    assert {name.rsplit(".", 2)[0] for name in experts} == fused
+    assert job.specs.keys() - experts <= linear
+
+    reader, sizes = job.reader, {name: info.shape for name, info in job.reader.tensors.items()}
+    made = {}
+    for name, shape in sizes.items():
+        key = parse_name(name, reader.config)
+        if key.is_matrix and (module := module_name(key.module, key.cls)) in job.specs:
+            made[module] = torch.full(shape, float(len(made)))
+    job.write(tmp_path / "out", made)
+    written = CheckpointReader.open(tmp_path / "out")
+    assert written.tensors.keys() == reader.tensors.keys()
+    down = written.read("model.layers.1.block_sparse_moe.experts.3.w2.weight")
+    assert torch.equal(down, made["model.layers.1.mlp.experts.3.down_proj"])
+    kept = "model.layers.1.self_attn.b_proj.weight"
+    assert torch.equal(written.read(kept), reader.read(kept))
+    made.popitem()
+    with pytest.raises(ValueError, match="not the modules asked for"):
+        job.write(tmp_path / "incomplete", made)
+    assert not (tmp_path / "incomplete").exists()
