@@ -15,7 +15,7 @@ LAYERS = [
     {"calibrate"},
     {"engine"},
     {"pipeline", "evaluate"},
-    {"report"},
+    {"report", "serve"},
     {"cli"},
     {"__main__"},
 ]

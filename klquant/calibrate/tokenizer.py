@@ -42,8 +42,11 @@ class Tokenizer:
         return max(self.backend.vocab_size, self.bos_id + 1, self.eos_id + 1)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a document, without BOS and EOS. Text that spells a special token stays text."""
-        return self.backend.encode(text)
+        """Ids of a document, without BOS and EOS. Text that spells a special token stays text.
+
+        Raises UserError for text that is no Unicode: a surrogate without its other half.
+        """
+        return self.backend.encode(_unicode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
@@ -66,7 +69,7 @@ class Tokenizer:
 
     def encode_chat(self, text: str) -> list[int]:
         """Ids of rendered text: what a template spells out as a special token is one."""
-        return self.encode(text) if self.template is None else self.backend.encode_special(text)
+        return self.encode(text) if self.template is None else self.backend.encode_special(_unicode(text))
 
     def require_fits(self, cfg: KimiLinearConfig) -> None:
         """Raises UserError when the tokenizer can produce ids that the model has no embedding for."""
@@ -75,6 +78,15 @@ class Tokenizer:
                 f"{self.file}: token ids up to {self.vocab_size - 1} lie beyond the model's vocabulary of "
                 f"{cfg.vocab_size} (config.json); use the tokenizer that came with the checkpoint"
             )
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"character {error.start + 1:,} of the text, {bad}, is only half of one") from None
+    return text
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:

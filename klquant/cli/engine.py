@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: options, loading with its progress, notes on stderr."""
+"""What `generate`, `chat` and `serve` share: options, loading with its progress, notes on stderr."""
 
 import re
 import sys
@@ -33,7 +33,9 @@ _SAMPLING = (
 )  # fmt: skip
 
 # Words such as `stop` only at the beginning of an error: what comes from a file has the file's name there.
-_PARAMETER = re.compile(rf"^({'|'.join(f.name for f in fields(SamplingParams))})\b|\bmax_(context|new_tokens)\b")
+_PARAMETER = re.compile(
+    rf"^({'|'.join(f.name for f in fields(SamplingParams))})\b|\b(max_context|max_new_tokens|max_batch|cache_tokens)\b"
+)
 
 
 class DeviceSizes(click.ParamType):
@@ -66,16 +68,24 @@ _LOADING = (
 
 
 def engine_options(command: Callable) -> Callable:
-    """The options of both commands."""
-    for option in reversed(_SAMPLING + _LOADING):
+    """How to answer, and `loading_options`."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return loading_options(command)
+
+
+def loading_options(command: Callable) -> Callable:
+    """Where the model goes, and how much room it gets."""
+    for option in reversed(_LOADING):
         command = option(command)
     return command
 
 
 def open_engine(
-    model: str, devices: str | None, max_memory: Mapping[str, int] | None, max_context: int | None, cache_bits: str
+    model: str, devices: str | None, max_memory: Mapping[str, int] | None, max_context: int | None, cache_bits: str,
+    max_batch: int = 1, cache_tokens: int | None = None,
 ) -> "Engine":  # fmt: skip
-    """Load a model for one sequence, and say so where it will be slow. Raises UserError as the engine does."""
+    """Load a model for `max_batch` sequences, and say so where it will be slow. Raises UserError as the engine does."""
     from klquant.checkpoint.hub import resolve_model
     from klquant.engine.engine import Engine
     from klquant.model.tuning import tuning_note
@@ -83,7 +93,7 @@ def open_engine(
     with named_as_options(), _bar() as progress:
         engine = Engine.from_pretrained(
             resolve_model(model, weights=True), devices=devices, max_memory=max_memory, max_context=max_context,
-            max_batch=1, cache_bits=int(cache_bits), progress=progress,
+            max_batch=max_batch, cache_tokens=cache_tokens, cache_bits=int(cache_bits), progress=progress,
         )  # fmt: skip
     for change in engine.runner.weights.notes:
         note(change)

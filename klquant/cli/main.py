@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("klquant.cli.eval", "Score a checkpoint on text against its reference."),
     "generate": ("klquant.cli.generate", "Answer a prompt, as the answer comes."),
     "chat": ("klquant.cli.chat", "Talk with a model; its state stays from turn to turn."),
+    "serve": ("klquant.cli.serve", "Answer over HTTP as OpenAI's API does, many requests at a time."),
     "bench": ("klquant.cli.bench", "Time prefill and decode here, and show memory and bandwidth."),
     "sensitivity": ("klquant.cli.sensitivity", "Measure what each class or layer costs when only it is quantized."),
     "report": ("klquant.cli.report", "Compare results of eval in one page: size, quality, where it errs."),

@@ -1,0 +1,110 @@
+"""As `benchmarks.serving`, but over HTTP: streams of server-sent events to clients in another process.
+
+    PYTHONPATH=. python3 -m benchmarks.serving_http [--cases 1x128,8x128,32x128] [--new 256] [--layers 27]
+
+The first column is "first", the time until the last request has its first piece, as a client sees it. Prompts are token
+ids; a tokenizer that makes one character of each token stands in for the model's.
+"""
+
+import http.client
+import json
+import multiprocessing
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import torch
+import uvicorn
+
+from klquant.calibrate.tokenizer import Tokenizer
+from klquant.engine.engine import Engine
+from klquant.engine.limits import Limits
+from klquant.engine.load import place
+from klquant.engine.placement import find_devices
+from klquant.engine.synthetic import parse_synthetic, random_weights, synthetic_outline
+from klquant.engine.warm import warm_up
+from klquant.kernels.mla.pages import PAGE_SIZE
+from klquant.serve.app import make_app
+from klquant.serve.worker import Worker
+
+
+class Characters:
+    """A token is a character."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def decode(self, ids) -> str:
+        return "".join(chr(0x4E00 + i % 20_000) for i in ids)
+
+
+def ask(port: int, body: bytes) -> tuple[float, float]:
+    """Seconds until a stream's first piece, and until its end."""
+    began = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    assert answer.readline().startswith(b"data:")
+    first, last = time.perf_counter() - began, b""
+    for line in answer:
+        last = line.strip() or last
+    assert last == b"data: [DONE]", last
+    return first, time.perf_counter() - began
+
+
+def ask_all(port: int, bodies: list[bytes]) -> tuple[float, float]:
+    """The longest of each, of requests that are sent together."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        times = list(pool.map(lambda body: ask(port, body), bodies))
+    return max(first for first, _ in times), max(whole for _, whole in times)
+
+
+@click.command(help=__doc__)
+@click.option("--cases", default="1x128,8x128,32x128", show_default=True)
+@click.option("--new", default=256, show_default=True)
+@click.option("--slots", default=32, show_default=True)
+@click.option("--runs", default=6, show_default=True)
+@click.option("--layers", default=27, show_default=True)
+@click.option("--recipe", default="int4", show_default=True)
+def main(cases: str, new: int, slots: int, runs: int, layers: int, recipe: str) -> None:
+    sizes = [tuple(map(int, case.split("x"))) for case in cases.split(",")]
+    context = max(length for _, length in sizes) + new + PAGE_SIZE
+    torch.set_grad_enabled(False)
+    config, layers = parse_synthetic(f"kimi-linear-48b:layers={layers}")
+    limits = Limits(max_context=context, max_batch=slots, cache_tokens=slots * context)
+    outline, devices = synthetic_outline(config, recipe, layers), find_devices("cuda:0")
+    placement = place(
+        outline, devices, torch.bfloat16, context=limits.cache_tokens, sequences=slots, cache_bits=limits.cache_bits
+    )
+    weights = random_weights(outline, placement, torch.bfloat16)
+    tokenizer = Tokenizer(Path("none"), Characters(weights.cfg.vocab_size), 0, 1, None)
+    engine = Engine(weights, tokenizer, limits, placement=placement)
+    began = time.perf_counter()
+    warm_up(engine)
+    print(f"warm after {time.perf_counter() - began:.0f} s", flush=True)
+    worker = Worker(engine, on_failure=print)
+    server = uvicorn.Server(uvicorn.Config(make_app(engine, worker, "noise"), port=0, log_level="warning"))
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    print(f"{torch.cuda.get_device_name()}, {layers} layers, {recipe}, {new} new tokens each, over HTTP")
+    print(f"{'prompts':>10} {'first, ms':>10} {'all, s':>8} {'answer t/s':>11}")
+    with multiprocessing.get_context("spawn").Pool(1) as clients:
+        for n, length in sizes:
+            for _ in range(runs):
+                prompts = torch.randint(0, weights.cfg.vocab_size, (n, length)).tolist()
+                asked = {"max_tokens": new, "ignore_eos": True, "stream": True, "temperature": 0}
+                bodies = [json.dumps(asked | {"prompt": prompt}).encode() for prompt in prompts]
+                first, whole = clients.apply(ask_all, (port, bodies))
+            print(f"{n:>4} x {length:<5} {first * 1e3:>8.1f} {whole:>8.3f} {n * new / whole:>11,.0f}", flush=True)
+    worker.stop()
+    worker.join()
+    server.should_exit = True
+
+
+if __name__ == "__main__":
+    main()

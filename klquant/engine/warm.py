@@ -1,0 +1,38 @@
+"""Before anyone waits: kernels are built for a size, tuned for the card and captured in graphs when it is first met."""
+
+from dataclasses import replace
+
+from klquant.engine.engine import Engine
+from klquant.engine.request import SamplingParams
+from klquant.engine.runner import BUCKETS, GRAPHED
+
+# Tokens of an answer: two steps of decoding behind the prompt's.
+ANSWER = 3
+
+
+def warm_up(engine: Engine) -> None:
+    """Answer noise in every number of sequences and every size of prompt, alone and two in a chunk, that the engine
+    treats apart: minutes on a new machine, seconds once Triton's cache has what they need. Nothing of it stays.
+    """
+    limits, vocab = engine.limits, engine.cfg.vocab_size
+    greedy = SamplingParams(max_new_tokens=ANSWER, ignore_eos=True)
+    # Who asks for nothing gets the checkpoint's defaults; temperature 0 is what people ask for most.
+    kinds = {greedy, replace(engine.defaults, max_new_tokens=ANSWER, ignore_eos=True)}
+
+    def ask(*lengths: int) -> None:
+        prompts = [[(7919 * i + n) % vocab for i in range(length)] for n, length in enumerate(lengths)]
+        for params in kinds:
+            engine.generate(prompts, params)
+
+    longest = min(limits.chunk, limits.max_context - ANSWER)
+    for length in sorted({n for n in (*GRAPHED, *doubled(GRAPHED[-1], longest)) if n <= longest} | {longest}):
+        ask(length)
+        if limits.max_batch > 1 and length > 1:
+            ask(length // 2, length - length // 2)
+    for rows in sorted({n for n in BUCKETS if n <= limits.max_batch} | {limits.max_batch}):
+        ask(*[2] * rows)
+
+
+def doubled(start: int, stop: int) -> list[int]:
+    """start, 2 · start, … up to stop."""
+    return [] if start > stop else [start, *doubled(2 * start, stop)]

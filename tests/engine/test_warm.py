@@ -1,0 +1,47 @@
+"""What a warm-up meets, and that it leaves nothing behind."""
+
+import pytest
+
+from klquant.engine.engine import Engine
+from klquant.engine.limits import Limits
+from klquant.engine.request import SamplingParams
+from klquant.engine.runner import BUCKETS
+from klquant.engine.warm import warm_up
+from klquant.kernels.mla.pages import PAGE_SIZE
+
+
+@pytest.mark.parametrize("batch", [1, 5, 8])
+@pytest.mark.parametrize(("context", "chunk"), [(8, 100), (200, 50), (90, 300)])
+def test_every_size_is_met_and_nothing_stays(tiny, monkeypatch, batch, context, chunk):
+    cache = batch * -(-context // PAGE_SIZE) * PAGE_SIZE
+    limits = {"max_context": context, "max_batch": batch, "cache_tokens": cache, "chunk": chunk}
+    with Engine.from_pretrained(tiny, devices="cpu", **limits) as warmed:
+        rows, prompts, runner = set(), set(), warmed.runner
+        decode, prefill = runner.decode, runner.prefill
+
+        def seen_decode(slots, mode):
+            rows.add(len(slots))
+            return decode(slots, mode)
+
+        def seen_prefill(spans):
+            prompts.add(tuple(len(span.ids) for span in spans))
+            return prefill(spans)
+
+        monkeypatch.setattr(runner, "decode", seen_decode)
+        monkeypatch.setattr(runner, "prefill", seen_prefill)
+        warm_up(warmed)
+        assert {n for n in BUCKETS if n <= batch} | {batch} <= rows
+        longest = min(chunk, context - 3)
+        assert (longest,) in prompts and max(map(sum, prompts)) <= chunk
+        assert (batch > 1) == any(len(lengths) > 1 for lengths in prompts)
+        assert not warmed.loop.jobs and not warmed.loop.scheduler.waiting
+        params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+        (after,) = warmed.generate([[5, 6, 7]], params)
+    with Engine.from_pretrained(tiny, devices="cpu", **limits) as cold:
+        assert cold.generate([[5, 6, 7]], params)[0].tokens == after.tokens
+
+
+def test_limits_of_one_token_are_no_trouble(tiny):
+    with Engine.from_pretrained(tiny, devices="cpu", **Limits(4, 2, 8, 16, 1).__dict__) as engine:
+        warm_up(engine)
+        assert not engine.loop.jobs
