@@ -33,7 +33,7 @@ class AnswerError(Exception):
 
 def make_app(engine: Engine, worker: Worker, name: str, api_key: str | None = None) -> FastAPI:
     """The application. `name`: what the model is called in requests; `api_key`: what they must carry, if anything."""
-    app = FastAPI(title="klquant", docs_url=None, redoc_url=None, openapi_url=None, strict_content_type=False)
+    app = FastAPI(title="klquant", docs_url=None, redoc_url=None, openapi_url=None)
     born, encoding = int(time.time()), asyncio.Lock()  # a tokenizer serves one thread at a time
 
     async def allowed(request: Request) -> None:
@@ -58,6 +58,8 @@ def make_app(engine: Engine, worker: Worker, name: str, api_key: str | None = No
         nearest = max(error.errors(), key=lambda one: len(one["loc"]))
         if nearest["type"] == "json_invalid":
             return _error(f"the body is no JSON: {nearest['ctx']['error']}", 400)
+        if nearest["type"] == "model_attributes_type":
+            return _error("the body is no JSON object, or not said to be one: Content-Type: application/json", 400)
         where = ".".join(str(part) for part in nearest["loc"] if part != "body")
         return _error(f"{where}: {nearest['msg']}" if where else nearest["msg"], 400)
 

@@ -3,7 +3,6 @@
 import pytest
 
 from klquant.engine.engine import Engine
-from klquant.engine.limits import Limits
 from klquant.engine.request import SamplingParams
 from klquant.engine.runner import BUCKETS
 from klquant.engine.warm import warm_up
@@ -41,7 +40,9 @@ def test_every_size_is_met_and_nothing_stays(tiny, monkeypatch, batch, context, 
         assert cold.generate([[5, 6, 7]], params)[0].tokens == after.tokens
 
 
-def test_limits_of_one_token_are_no_trouble(tiny):
-    with Engine.from_pretrained(tiny, devices="cpu", **Limits(4, 2, 8, 16, 1).__dict__) as engine:
+@pytest.mark.parametrize("context", [2, 3, 4])
+def test_tight_limits_are_no_trouble(tiny, context):
+    limits = {"max_context": context, "max_batch": 2, "cache_tokens": context, "chunk": 1}
+    with Engine.from_pretrained(tiny, devices="cpu", **limits) as engine:
         warm_up(engine)
         assert not engine.loop.jobs

@@ -186,7 +186,8 @@ def test_who_goes_away_is_not_answered_any_more(client, stream):
     [
         ("chat/completions", {"messages": []}, 400, "messages: "),
         ("chat/completions", {}, 400, "messages: Field required"),
-        ("chat/completions", "{nonsense", 400, "the body is no JSON"),
+        ("chat/completions", "{nonsense", 400, "the body is no JSON: "),
+        ("chat/completions", "[1]", 400, "the body is no JSON object"),
         ("chat/completions", {"messages": HELLO, "temperature": -1}, 400, "temperature is -1.0, expected 0"),
         ("chat/completions", {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools is not supported"),
         ("chat/completions", {"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "response_format"),
