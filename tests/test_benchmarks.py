@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import evaluate_scale, kernel_cases, kernel_peers, kernels, quantize_scale
+from benchmarks import evaluate_scale, kernel_cases, kernel_peers, kernels, quantize_scale, serving_http
 from benchmarks.kernel_cases import Case
 from benchmarks.kernel_peers import Timed
 from benchmarks.peers.job import make_job, module_name
@@ -39,6 +39,13 @@ def test_evaluate_scale(tmp_path):
     rows = [line.split()[0] for line in done.output.splitlines() if line.startswith(("dense", "kda", "mla"))]
     assert rows == ["dense", "kda", "mla"]
     assert "210 tokens through 4 layers" in done.output and "EXTRAPOLATED to 27 layers" in done.output
+
+
+def test_serving_over_http():
+    command = ["--pretend", "--cases", "1x5,3x70", "--new", "4", "--runs", "1"]
+    done = CliRunner().invoke(serving_http.main, command, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert [line.split()[:3] for line in done.output.splitlines()[2:]] == [["1", "x", "5"], ["3", "x", "70"]]
 
 
 def test_layers_of_a_kind_share_their_bytes_on_the_disk(tmp_path):
