@@ -1,5 +1,6 @@
 """Requests as OpenAI's API has them → prompts and sampling parameters."""
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Asked(BaseModel):
+class Asked(BaseModel, ABC):
     """What both kinds of request have. Fields that are not named here, such as `user`, change nothing."""
 
     model: str | None = None
@@ -71,14 +72,17 @@ class Asked(BaseModel):
             return [params] * self.n
         return [replace(params, seed=(params.seed + i) % (MAX_SEED + 1)) for i in range(self.n)]
 
+    @abstractmethod
     def most_tokens(self) -> int | None:
-        raise NotImplementedError
+        """Tokens of an answer; None: as many as the context holds."""
 
+    @abstractmethod
     def asked_logprobs(self) -> int | None:
-        raise NotImplementedError
+        """As `SamplingParams.logprobs`."""
 
+    @abstractmethod
     def prompts(self) -> list[Prompt]:
-        raise NotImplementedError
+        """What is to be answered, each `n` times."""
 
 
 class Part(BaseModel):

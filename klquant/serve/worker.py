@@ -1,7 +1,6 @@
 """The one thread that an engine belongs to, and the way of requests from the event loop to it and of answers back."""
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from klquant.engine.request import Delta, SamplingParams
 # Python runs one thread at a time, and each piece of a stream takes it a fraction of a millisecond: so many a second,
 # over all streams, leave the engine's thread enough. One stream gets each token by itself, 32 get some at a time.
 PIECES_A_SECOND = 1000
-# Seconds for which the event loop may keep the engine's thread waiting after a wait for the device; else it is 0.005.
-SWITCH_INTERVAL = 0.0002
 
 GOING = "the server is going down"
 
@@ -91,7 +88,6 @@ class Worker:
         self._running: list[Request] = []
         self._open: WeakSet[Request] = WeakSet()
         self._stopped = False
-        sys.setswitchinterval(SWITCH_INTERVAL)
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
