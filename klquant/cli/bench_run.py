@@ -16,7 +16,7 @@ from klquant.engine.sizes import Outline, held_sizes
 from klquant.engine.usage import Usage, measured_usage
 from klquant.errors import UserError
 from klquant.kernels.mla.pages import PAGE_SIZE
-from klquant.model.tuning import tuning_note
+from klquant.model.first_prompt import building_note
 
 JSON_SCHEMA = 1
 
@@ -45,7 +45,7 @@ def run(source, devices: dict[torch.device, int], cells: Cells, cache_bits: int,
     if cells != wanted:
         notes.note(f"left out what is beyond the model's own context of {outline.config.max_context:,} tokens")
     placement = _place(outline, devices, dtype, cells, cache_bits)
-    if cells.prefill and (said := tuning_note(first, dtype)):
+    if cells.prefill and (said := building_note(first, dtype)):
         notes.note(said)
     copy_bytes_s = copy_rate(first)
     if first.type == "cuda":

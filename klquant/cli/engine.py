@@ -88,7 +88,7 @@ def open_engine(
     """Load a model for `max_batch` sequences, and say so where it will be slow. Raises UserError as the engine does."""
     from klquant.checkpoint.hub import resolve_model
     from klquant.engine.engine import Engine
-    from klquant.model.tuning import tuning_note
+    from klquant.model.first_prompt import building_note
 
     with named_as_options(), _bar() as progress:
         engine = Engine.from_pretrained(
@@ -99,7 +99,7 @@ def open_engine(
         note(change)
     if engine.on_cpu:
         note("running on the CPU: klquant's plain reference path, right but slow; its kernels need a CUDA GPU")
-    elif said := tuning_note(engine.runner.stages[0].device, engine.runner.weights.dtype):
+    elif said := building_note(engine.runner.stages[0].device, engine.runner.weights.dtype):
         note(said)
     return engine
 

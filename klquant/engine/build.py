@@ -16,7 +16,7 @@ from klquant.kernels.linear.dispatch import QuantLinear, QuantMLP, Weight, pack_
 from klquant.kernels.linear.layout import CODES_AT_ONCE, ROW_MULTIPLE, Packed
 from klquant.kernels.moe.dispatch import QuantExperts
 from klquant.model.forward import EMBEDDING, FINAL_NORM, HEAD, Head
-from klquant.model.tuning import import_fla
+from klquant.model.first_prompt import import_fla
 from klquant.model.weights import (
     DENSE_NAMES,
     EXPERT_NAMES,

@@ -35,7 +35,7 @@ from klquant.evaluate.tasks.suite import notes as cut_questions
 from klquant.evaluate.text import EvalText, eval_text
 from klquant.evaluate.trace import Runner
 from klquant.evaluate.windows import WindowFolder
-from klquant.model.tuning import tuning_note
+from klquant.model.first_prompt import building_note
 
 CACHE = "reference-cache"
 UNFINISHED = ".unfinished"
@@ -120,7 +120,7 @@ def prepare(ours: QuantizedReader, theirs: QuantizedReader, options: EvalOptions
     text = _text(ours, theirs, options)
     device = torch.device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if note := tuning_note(device, DTYPES[dtype]):
+    if note := building_note(device, DTYPES[dtype]):
         watcher.note(note)
     return Passes(text, device, dtype, options.store or _affordable(text, ours), watcher)
 

@@ -8,6 +8,7 @@ and return (o [B, S, H, D], state after the last position) in at least FP32; kda
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -30,9 +31,9 @@ FLOOR = -60.0
 SLAB = 16
 # Heads of a sequence that a CPU thread takes at a time.
 HEADS = 4
-# Threads at work on several cards share fla's kernels, and Triton's tuner keeps what it is at in the kernel itself: a
-# second thread makes the first one's arguments go away under it, and two that tune may choose differently.
-_ONE_TUNER = Lock()
+# Threads at work on several cards share fla's kernels, and Triton's tuner, even of a kernel with one tile, keeps what it
+# is at in the kernel itself: a second thread makes the first one's arguments go away under it.
+_ONE_CALLER = Lock()
 
 
 def delta_path(device: torch.device, dtype: torch.dtype, length: int) -> DeltaPath:
@@ -236,7 +237,15 @@ def kda_chunk_fla(
     """
     from fla.ops.kda import chunk_kda
 
-    with _ONE_TUNER:
+    from klquant.kernels.kda.fla import settle
+
+    with _ONE_CALLER:
+        if tuned := settle():
+            warnings.warn(
+                f"this flash-linear-attention is not the one whose kernels klquant knows: it tunes {', '.join(tuned)} at "
+                "their first use, which takes a minute or two; fla-core 0.6.0 needs none of it",
+                stacklevel=2,
+            )
         return chunk_kda(
             q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True,
             use_qk_l2norm_in_kernel=not normed, **how,

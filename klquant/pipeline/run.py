@@ -24,7 +24,7 @@ from klquant.core.device import hardware, pick_devices
 from klquant.core.memory import free_memory
 from klquant.core.units import decimal
 from klquant.errors import UserError
-from klquant.model.tuning import import_fla, tuning_note
+from klquant.model.first_prompt import import_fla, building_note
 from klquant.pipeline.ahead import Ahead
 from klquant.pipeline.behind import Behind
 from klquant.pipeline.finish import finish
@@ -89,7 +89,7 @@ def quantize(
                 return journal.finish()
         text = None
         if plan.needs_calibration:
-            if note := tuning_note(settings.device, settings.dtype):
+            if note := building_note(settings.device, settings.dtype):
                 watcher.note(note)
             spec = options.calib or plan.recipe.calibration.mix
             text = draw_text(spec, reader, plan.recipe.calibration, settings, watcher, journal)

@@ -27,6 +27,7 @@ class Launch:
     divisible: tuple[str, ...]
     warps: int
     registers: int | None = None
+    stages: int = 3
 
     def __str__(self) -> str:
         shape = " ".join(f"{name}={value}" for name, value in self.constants if name.isupper())
@@ -45,6 +46,8 @@ def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
         run()
     for kernel, args, options in calls:
         warps, registers = options.pop("num_warps", 4), options.pop("maxnreg", None)
+        stages = options.pop("num_stages", 3)
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
         values = dict(zip(kernel.arg_names, args, strict=False)) | options
         signature, constants, divisible = {}, {}, []
         for name in kernel.arg_names:
@@ -52,7 +55,7 @@ def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
             if isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
                 divisible.append(name)
-            elif isinstance(value, int) and not name.isupper() and value != 1:
+            elif isinstance(value, int) and name not in fixed and value != 1:
                 signature[name] = "i32"
                 if value % 16 == 0:
                     divisible.append(name)
@@ -61,7 +64,7 @@ def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
             else:
                 signature[name] = "constexpr"
                 constants[name] = value
-        yield Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), warps, registers)
+        yield Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), warps, registers, stages)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def compile_for(launch: Launch, card: int) -> Resources:
         launch.kernel, dict(launch.signature), {place[name]: value for name, value in launch.constants},
         {place[name]: [["tt.divisibility", 16]] for name in launch.divisible},
     )  # fmt: skip
-    options = {"num_warps": launch.warps, "maxnreg": launch.registers}
+    options = {"num_warps": launch.warps, "maxnreg": launch.registers, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -1,4 +1,4 @@
-"""Before flash-linear-attention's first prompt: seconds of imports in a process, minutes of tuning on a machine."""
+"""Before flash-linear-attention's first prompt: seconds of imports in a process, half a minute of building on a machine."""
 
 import importlib
 import importlib.util
@@ -10,22 +10,19 @@ import torch
 
 from klquant.model.delta import delta_path
 
-NOTE = (
-    "the first prompt on this machine takes one to three minutes more: flash-linear-attention tunes its kernels for "
-    "the card, once"
-)
+NOTE = "the first prompt on this machine takes up to half a minute more: kernels are built for the card, once"
 
 
-def tuning_note(device: torch.device, dtype: torch.dtype) -> str | None:
+def building_note(device: torch.device, dtype: torch.dtype) -> str | None:
     """What to tell someone who is about to wait for that.
 
-    None: no prompt of `dtype` takes those kernels on `device`, or Triton's cache has what an earlier run found.
+    None: no prompt of `dtype` takes those kernels on `device`, or Triton's cache has what an earlier run built.
     """
     if delta_path(device, dtype, 2) != "chunk_fla" or importlib.util.find_spec("triton") is None:
         return None
     from triton import knobs
 
-    return None if any(Path(knobs.cache.dir).glob("*/chunk_kda_*.autotune.json")) else NOTE
+    return None if any(Path(knobs.cache.dir).glob("*/chunk_kda_fwd_*.cubin")) else NOTE
 
 
 def import_fla(device: torch.device, dtype: torch.dtype) -> None:

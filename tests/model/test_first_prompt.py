@@ -4,8 +4,8 @@ import threading
 
 import torch
 
-from klquant.model import tuning
-from klquant.model.tuning import import_fla, tuning_note
+from klquant.model import first_prompt
+from klquant.model.first_prompt import import_fla, building_note
 from tests.triton_interpreter import needs_triton
 
 GPU = torch.device("cuda", 0)
@@ -15,19 +15,19 @@ GPU = torch.device("cuda", 0)
 def test_only_who_has_to_wait_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("klquant.model.delta.has_fla", lambda: True)
-    assert "one to three minutes" in tuning_note(GPU, torch.bfloat16)
-    assert tuning_note(GPU, torch.float32) is None
-    assert tuning_note(torch.device("cpu"), torch.bfloat16) is None
+    assert "half a minute" in building_note(GPU, torch.bfloat16)
+    assert building_note(GPU, torch.float32) is None
+    assert building_note(torch.device("cpu"), torch.bfloat16) is None
     (tmp_path / "hash").mkdir()
-    (tmp_path / "hash" / "chunk_kda_fwd_kernel_inter_solve_fused.autotune.json").write_text("{}")
-    assert tuning_note(GPU, torch.bfloat16) is None
+    (tmp_path / "hash" / "chunk_kda_fwd_kernel_inter_solve_fused.cubin").write_bytes(b"")
+    assert building_note(GPU, torch.bfloat16) is None
 
 
 @needs_triton
 def test_nobody_is_told_who_has_no_such_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("klquant.model.delta.has_fla", lambda: False)
-    assert tuning_note(GPU, torch.bfloat16) is None
+    assert building_note(GPU, torch.bfloat16) is None
 
 
 def test_imports_begin_where_kernels_will_run(monkeypatch):
@@ -40,7 +40,7 @@ def test_imports_begin_where_kernels_will_run(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr("klquant.model.delta.has_fla", lambda: True)
-    monkeypatch.setattr(tuning.importlib, "import_module", load)
+    monkeypatch.setattr(first_prompt.importlib, "import_module", load)
     monkeypatch.setattr(threading, "excepthook", lambda args: asked.append("a traceback"))
     import_fla(torch.device("cpu"), torch.bfloat16)
     import_fla(GPU, torch.float32)
