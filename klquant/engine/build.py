@@ -15,8 +15,8 @@ from klquant.engine.weights import EngineLayer, EngineWeights, FusedKDA, FusedML
 from klquant.kernels.linear.dispatch import QuantLinear, QuantMLP, Weight, pack_mlp, pack_weight
 from klquant.kernels.linear.layout import CODES_AT_ONCE, ROW_MULTIPLE, Packed
 from klquant.kernels.moe.dispatch import QuantExperts
-from klquant.model.forward import EMBEDDING, FINAL_NORM, HEAD, Head
 from klquant.model.first_prompt import import_fla
+from klquant.model.forward import EMBEDDING, FINAL_NORM, HEAD, Head
 from klquant.model.weights import (
     DENSE_NAMES,
     EXPERT_NAMES,

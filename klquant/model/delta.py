@@ -31,7 +31,7 @@ FLOOR = -60.0
 SLAB = 16
 # Heads of a sequence that a CPU thread takes at a time.
 HEADS = 4
-# Threads at work on several cards share fla's kernels, and Triton's tuner, even of a kernel with one tile, keeps what it
+# Threads at work on several cards share fla's kernels, and Triton's tuner, even with nothing to choose, keeps what it
 # is at in the kernel itself: a second thread makes the first one's arguments go away under it.
 _ONE_CALLER = Lock()
 
@@ -242,8 +242,8 @@ def kda_chunk_fla(
     with _ONE_CALLER:
         if tuned := settle():
             warnings.warn(
-                f"this flash-linear-attention is not the one whose kernels klquant knows: it tunes {', '.join(tuned)} at "
-                "their first use, which takes a minute or two; fla-core 0.6.0 needs none of it",
+                "this flash-linear-attention is not the one whose kernels klquant knows: it tunes "
+                f"{', '.join(tuned)} at their first use, which takes a minute or two; fla-core 0.6.0 needs none of it",
                 stacklevel=2,
             )
         return chunk_kda(

@@ -1,4 +1,4 @@
-"""Before flash-linear-attention's first prompt: seconds of imports in a process, half a minute of building on a machine."""
+"""Before a first prompt: seconds of importing fla in a process, half a minute of building kernels on a machine."""
 
 import importlib
 import importlib.util

@@ -24,7 +24,7 @@ from klquant.core.device import hardware, pick_devices
 from klquant.core.memory import free_memory
 from klquant.core.units import decimal
 from klquant.errors import UserError
-from klquant.model.first_prompt import import_fla, building_note
+from klquant.model.first_prompt import building_note, import_fla
 from klquant.pipeline.ahead import Ahead
 from klquant.pipeline.behind import Behind
 from klquant.pipeline.finish import finish

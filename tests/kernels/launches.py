@@ -64,7 +64,9 @@ def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
             else:
                 signature[name] = "constexpr"
                 constants[name] = value
-        yield Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), warps, registers, stages)
+        yield Launch(
+            kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), warps, registers, stages
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import threading
 import torch
 
 from klquant.model import first_prompt
-from klquant.model.first_prompt import import_fla, building_note
+from klquant.model.first_prompt import building_note, import_fla
 from tests.triton_interpreter import needs_triton
 
 GPU = torch.device("cuda", 0)

@@ -5,9 +5,9 @@ import torch
 
 from klquant.calibrate.paths import map_tensors
 from klquant.checkpoint.reader import CheckpointReader
+from klquant.kernels.kda.fla import settle
 from klquant.kernels.norm import reference
 from klquant.model import fused
-from klquant.kernels.kda.fla import settle
 from klquant.model.delta import delta_path, kda_chunk, kda_chunk_fla
 from klquant.model.forward import Model, stream_logits
 from klquant.model.kda import KDAState, kda_mix
