@@ -1,9 +1,11 @@
 """As `benchmarks.serving`, but over HTTP: streams of server-sent events to clients in another process.
 
     PYTHONPATH=. python3 -m benchmarks.serving_http [--cases 1x128,8x128,32x128] [--new 256] [--layers 27] [--pretend]
+    PYTHONPATH=. python3 -m benchmarks.serving_http --cases 1x32768+2 --slots 2 --prefixes 4
 
 The first column is "first", the time until the last request has its first piece, as a client sees it. Prompts are token
-ids; a tokenizer that makes one character of each token stands in for the model's.
+ids; a tokenizer that makes one character of each token stands in for the model's. 1x32768+2: a prompt of 32,768 tokens,
+and two more that begin with the one before and are 256 tokens longer, a row each.
 """
 
 import http.client
@@ -31,6 +33,9 @@ from klquant.engine.warm import warm_up
 from klquant.kernels.mla.pages import PAGE_SIZE
 from klquant.serve.app import make_app
 from klquant.serve.worker import Worker
+
+# Tokens by which a prompt that begins with another is longer.
+MORE = 256
 
 
 class Characters:
@@ -65,6 +70,13 @@ def ask_all(port: int, bodies: list[bytes]) -> tuple[float, float]:
     return max(first for first, _ in times), max(whole for _, whole in times)
 
 
+def sizes_of(case: str) -> tuple[int, int, int]:
+    """Prompts, tokens of each, and how often they are asked for again, longer."""
+    first, _, turns = case.partition("+")
+    n, _, length = first.partition("x")
+    return int(n), int(length), int(turns or 0)
+
+
 class Pretender:
     """Stands in for an engine: a step is 1.5 ms of Python and 5.4 of waiting, and gives every answer a token."""
 
@@ -97,15 +109,14 @@ class Pretender:
         return True
 
 
-def full_shape(slots: int, context: int, layers: int, recipe: str) -> Engine:
+def full_shape(slots: int, prefixes: int, context: int, layers: int, recipe: str) -> Engine:
     """An engine of random weights on the GPU, warmed up."""
     torch.set_grad_enabled(False)
     config, layers = parse_synthetic(f"kimi-linear-48b:layers={layers}")
-    limits = Limits(max_context=context, max_batch=slots, cache_tokens=slots * context)
+    limits = Limits(max_context=context, max_batch=slots, cache_tokens=slots * context, prefixes=prefixes)
     outline, devices = synthetic_outline(config, recipe, layers), find_devices("cuda:0")
-    placement = place(
-        outline, devices, torch.bfloat16, context=limits.cache_tokens, sequences=slots, cache_bits=limits.cache_bits
-    )
+    needs = {"context": limits.cache_tokens, "sequences": slots, "prefixes": prefixes, "cache_bits": limits.cache_bits}
+    placement = place(outline, devices, torch.bfloat16, **needs)
     weights = random_weights(outline, placement, torch.bfloat16)
     tokenizer = Tokenizer(Path("none"), Characters(weights.cfg.vocab_size), 0, 1, None)
     engine = Engine(weights, tokenizer, limits, placement=placement)
@@ -120,14 +131,17 @@ def full_shape(slots: int, context: int, layers: int, recipe: str) -> Engine:
 @click.option("--cases", default="1x128,8x128,32x128", show_default=True)
 @click.option("--new", default=256, show_default=True)
 @click.option("--slots", default=32, show_default=True)
+@click.option("--prefixes", default=0, show_default=True, help="Prompts whose state is kept.")
 @click.option("--runs", default=6, show_default=True)
 @click.option("--layers", default=27, show_default=True)
 @click.option("--recipe", default="int4", show_default=True)
 @click.option("--pretend", is_flag=True, help="No model: what HTTP costs, beside steps of 6.9 ms.")
-def main(cases: str, new: int, slots: int, runs: int, layers: int, recipe: str, pretend: bool) -> None:
-    sizes = [tuple(map(int, case.split("x"))) for case in cases.split(",")]
-    context = -(-(max(length for _, length in sizes) + new) // PAGE_SIZE) * PAGE_SIZE
-    engine = Pretender() if pretend else full_shape(slots, context, layers, recipe)
+def main(
+    cases: str, new: int, slots: int, prefixes: int, runs: int, layers: int, recipe: str, pretend: bool
+) -> None:  # fmt: skip
+    sizes = [sizes_of(case) for case in cases.split(",")]
+    context = -(-(max(length + turns * MORE for _, length, turns in sizes) + new) // PAGE_SIZE) * PAGE_SIZE
+    engine = Pretender() if pretend else full_shape(slots, prefixes, context, layers, recipe)
     worker = Worker(engine, on_failure=print)
     server = uvicorn.Server(uvicorn.Config(make_app(engine, worker, "noise"), port=0, log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()
@@ -135,15 +149,20 @@ def main(cases: str, new: int, slots: int, runs: int, layers: int, recipe: str, 
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     print(f"{new} new tokens each, over HTTP")
-    print(f"{'prompts':>10} {'first, ms':>10} {'all, s':>8} {'answer t/s':>11}")
+    print(f"{'prompts':>11} {'first, ms':>10} {'all, s':>8} {'answer t/s':>11}")
     with multiprocessing.get_context("spawn").Pool(1) as clients:
-        for n, length in sizes:
+        for n, length, turns in sizes:
+            rows = {}
             for _ in range(runs):
-                asked = {"max_tokens": new, "ignore_eos": True, "stream": True, "temperature": 0}
-                prompts = torch.randint(0, 20_000, (n, length)).tolist()
-                bodies = [json.dumps(asked | {"prompt": prompt}).encode() for prompt in prompts]
-                first, whole = clients.apply(ask_all, (port, bodies))
-            print(f"{n:>4} x {length:<5} {first * 1e3:>8.1f} {whole:>8.3f} {n * new / whole:>11,.0f}", flush=True)
+                prompts = torch.randint(0, 20_000, (n, length + turns * MORE)).tolist()
+                for turn in range(turns + 1):
+                    asked = {"max_tokens": new, "ignore_eos": True, "stream": True, "temperature": 0}
+                    now = [prompt[: length + turn * MORE] for prompt in prompts]
+                    bodies = [json.dumps(asked | {"prompt": prompt}).encode() for prompt in now]
+                    rows[turn] = clients.apply(ask_all, (port, bodies))
+            for turn, (first, whole) in rows.items():
+                prompt = length + turn * MORE
+                print(f"{n:>4} x {prompt:<6} {first * 1e3:>8.1f} {whole:>8.3f} {n * new / whole:>11,.0f}", flush=True)
     worker.stop()
     worker.join()
     server.should_exit = True

@@ -83,9 +83,12 @@ def loading_options(command: Callable) -> Callable:
 
 def open_engine(
     model: str, devices: str | None, max_memory: Mapping[str, int] | None, max_context: int | None, cache_bits: str,
-    max_batch: int = 1, cache_tokens: int | None = None,
+    max_batch: int = 1, **more: int | None,
 ) -> "Engine":  # fmt: skip
-    """Load a model for `max_batch` sequences, and say so where it will be slow. Raises UserError as the engine does."""
+    """Load a model for `max_batch` sequences, and say so where it will be slow. `more`: other fields of Limits.
+
+    Raises UserError as the engine does.
+    """
     from klquant.checkpoint.hub import resolve_model
     from klquant.engine.engine import Engine
     from klquant.model.first_prompt import building_note
@@ -93,7 +96,7 @@ def open_engine(
     with named_as_options(), _bar() as progress:
         engine = Engine.from_pretrained(
             resolve_model(model, weights=True), devices=devices, max_memory=max_memory, max_context=max_context,
-            max_batch=max_batch, cache_tokens=cache_tokens, cache_bits=int(cache_bits), progress=progress,
+            max_batch=max_batch, cache_bits=int(cache_bits), progress=progress, **more,
         )  # fmt: skip
     for change in engine.runner.weights.notes:
         note(change)

@@ -31,6 +31,15 @@ PATIENCE = 5
     metavar="N",
     help="Tokens in the latent cache, over all sequences.  [default: max-batch × max-context]",
 )
+@click.option(
+    "--prefix-cache",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Prompts whose state is kept when they are answered, so that a longer one that begins with one of them (a "
+    "chat's next turn) computes only what is new.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: on all interfaces.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option("--name", help="What requests call the model.  [default: the last part of MODEL]")
@@ -39,7 +48,8 @@ PATIENCE = 5
 )
 def command(
     model: str, devices: str | None, max_memory: dict[str, int] | None, max_context: int | None, cache_bits: str,
-    max_batch: int, cache_tokens: int | None, host: str, port: int, name: str | None, api_key: str | None,
+    max_batch: int, cache_tokens: int | None, prefix_cache: int, host: str, port: int, name: str | None,
+    api_key: str | None,
 ) -> None:  # fmt: skip
     """Serve MODEL, a checkpoint folder or a hub id, quantized or not, over HTTP as OpenAI's API: /v1/chat/completions,
     /v1/completions, /v1/models, and /health.
@@ -59,7 +69,8 @@ def command(
 
     listener = _bind(host, port)  # before minutes of loading
     cache_tokens = cache_tokens or _all_at_once(model, max_context, max_batch)
-    with open_engine(model, devices, max_memory, max_context, cache_bits, max_batch, cache_tokens) as engine:
+    room = {"max_batch": max_batch, "cache_tokens": cache_tokens, "prefixes": prefix_cache}
+    with open_engine(model, devices, max_memory, max_context, cache_bits, **room) as engine:
         if engine.tokenizer.template is None:
             note("the model has no chat template: chats are paragraphs of `role: text`")
         if not engine.on_cpu:

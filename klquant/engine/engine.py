@@ -46,11 +46,14 @@ class Engine:
         self.limits = limits = limits.of(weights.cfg)
         self.defaults = defaults or SamplingParams()
         self.runner = Runner(
-            weights, slots=limits.max_batch, pages=limits.pages, max_context=limits.max_context,
+            weights, slots=limits.max_batch + limits.prefixes, pages=limits.pages, max_context=limits.max_context,
             cache_bits=limits.cache_bits,
         )  # fmt: skip
         self._ends = frozenset(weights.cfg.eos_ids) if ends is None else ends
-        scheduler = Scheduler(slots=limits.max_batch, pages=limits.pages, page_tokens=PAGE_SIZE, chunk=limits.chunk)
+        scheduler = Scheduler(
+            slots=limits.max_batch, pages=limits.pages, page_tokens=PAGE_SIZE, chunk=limits.chunk,
+            prefixes=limits.prefixes, least=self.runner.least_prefix,
+        )  # fmt: skip
         self.loop = Loop(self.runner, scheduler, weights.embedding_VC.is_cuda if ahead is None else ahead)
 
     @classmethod
@@ -76,7 +79,7 @@ class Engine:
         dtype = default_dtype(found)
         placement = place(
             Outline.of(reader), found, dtype, context=room.pages * PAGE_SIZE, sequences=room.max_batch,
-            cache_bits=room.cache_bits,
+            prefixes=room.prefixes, cache_bits=room.cache_bits,
         )  # fmt: skip
         weights = load_weights(reader, placement, dtype, progress)
         return cls(weights, tokenizer, room, defaults=defaults, ends=ends, placement=placement)
@@ -194,10 +197,13 @@ class Engine:
         params = (params or self.defaults).with_seed()
         room = self.limits.room(len(tokens), self.cfg)
         new = min(room, params.max_new_tokens)
-        scheduled = scheduled or Scheduled(0, 0)
-        scheduled.prompt, scheduled.most = len(tokens), len(tokens) + new - 1
+        own = scheduled or Scheduled(0, 0)
+        own.prompt, own.most = len(tokens), len(tokens) + new - 1
         limit = "length" if new == params.max_new_tokens else "context"
-        return Job(scheduled, tokens, params, limit, self.tokenizer.decode, self._ends)
+        job = Job(own, tokens, params, limit, self.tokenizer.decode, self._ends)
+        if scheduled is None:  # a session goes on from its own
+            own.tokens = job.tokens
+        return job
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer, cfg: KimiLinearConfig) -> list[int]:

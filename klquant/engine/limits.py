@@ -18,7 +18,8 @@ class Limits:
     max_context: tokens of one prompt and its answer (None: DEFAULT_CONTEXT, or the model's limit if that is less).
     max_batch: sequences at a time; each has a slot of KDA state. cache_tokens: tokens in the latent cache, over all
     sequences (None: max_context). cache_bits: 16, or 8 for INT8. chunk: positions of prompts that run at once, between
-    two steps of the running answers.
+    two steps of the running answers. prefixes: prompts whose state stays when they are answered, for prompts that begin
+    with them: each has a slot as well, and a part of the latent cache as long as nobody else needs it.
     """
 
     max_context: int | None = None
@@ -26,6 +27,7 @@ class Limits:
     cache_tokens: int | None = None
     cache_bits: int = 16
     chunk: int = PREFILL_CHUNK
+    prefixes: int = 0
 
     def of(self, cfg: KimiLinearConfig) -> "Limits":
         """With every number set. Raises UserError when one is below 1, or max_context is beyond the model's own."""
@@ -33,8 +35,9 @@ class Limits:
         cache = context if self.cache_tokens is None else self.cache_tokens
         full = replace(self, max_context=context, cache_tokens=cache)
         for name, value in asdict(full).items():
-            if value < 1:
-                raise UserError(f"{name} is {value}, expected at least 1")
+            least = 0 if name == "prefixes" else 1
+            if value < least:
+                raise UserError(f"{name} is {value}, expected at least {least}")
         if context > cfg.max_context:
             raise UserError(f"max_context {context:,} is beyond the model's own limit of {cfg.max_context:,} tokens")
         if self.cache_bits not in CACHE_BITS:

@@ -39,13 +39,16 @@ def default_dtype(devices: Mapping[torch.device, int]) -> torch.dtype:
 
 def place(
     outline: Outline, devices: Mapping[torch.device, int], dtype: torch.dtype, *, context: int, sequences: int = 1,
-    cache_bits: int = 16,
+    prefixes: int = 0, cache_bits: int = 16,
 ) -> Placement:  # fmt: skip
     """Where a model goes (`plan_placement`). On a CPU weights are plain tensors of `dtype` if they fit so.
 
     Raises UserError as well where the model has sizes that the kernels of a GPU cannot serve.
     """
-    options = {"context": context, "sequences": sequences, "cache_bits": cache_bits, "activation_bytes": dtype.itemsize}
+    options = {
+        "context": context, "sequences": sequences, "prefixes": prefixes, "cache_bits": cache_bits,
+        "activation_bytes": dtype.itemsize,
+    }  # fmt: skip
     if CPU in devices:
         try:
             sizes = held_sizes(outline, dtype, packed=False)

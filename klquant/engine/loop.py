@@ -80,6 +80,9 @@ class Loop:
             if chunk.last:
                 done.append(job)
         h_SC = self.runner.prefill(spans)
+        for job in done:
+            if job.scheduled.copy is not None:
+                self.runner.copy(job.scheduled.slot, job.scheduled.copy)
         if done:
             chosen = self.runner.first_tokens(h_SC, spans[: len(done)], mode_of([job.params for job in done]))
             self._launched.append((done, Reply.begin(chosen, len(done))))
@@ -104,7 +107,7 @@ class Loop:
         where = self.runner.find_bad_layer(job.tokens, job.scheduled.slot, self.scheduler.chunk)
         blame = f"{where} is the first to make them" if where else "only the decode step makes them, not the prefill"
         job.end("error", f"the model's logits are NaN or infinite after {len(job.tokens)} tokens: {blame}")
-        self._retire(job)
+        self._retire(job, sound=False)
         if job.scheduled.keep:
             self.scheduler.release(job.scheduled)
 
@@ -112,7 +115,7 @@ class Loop:
         self._launched = []
         for job in [job for sequence, job in self.jobs.items() if sequence not in self.scheduler.waiting]:
             job.end("error", "a step of the engine did not come to its end; what it had computed is lost")
-            self._retire(job)
+            self._retire(job, sound=False)
             if job.scheduled.keep:
                 self.scheduler.release(job.scheduled)
 
@@ -122,6 +125,6 @@ class Loop:
         job.end("error", f"{missing}: open sessions hold them; close one or give the engine more room")
         self._retire(job)
 
-    def _retire(self, job: Job) -> None:
-        self.scheduler.finish(job.scheduled)
+    def _retire(self, job: Job, sound: bool = True) -> None:
+        self.scheduler.finish(job.scheduled, sound)
         del self.jobs[job.scheduled]

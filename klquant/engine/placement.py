@@ -102,10 +102,12 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 class Needs(TypedDict, total=False):
-    """What is to fit beside the weights, as `predict_memory` takes it: `context` cached tokens over all `sequences`."""
+    """What is to fit beside the weights, as `predict_memory` takes it: `context` cached tokens over all `sequences`
+    and `prefixes`."""
 
     context: Required[int]
     sequences: int
+    prefixes: int
     cache_bits: int
     activation_bytes: int
 

@@ -83,6 +83,12 @@ class Runner:
         self.sampling.set(slot, params, tokens)
 
     @torch.no_grad()
+    def copy(self, source: int, target: int) -> None:
+        """What slot `source` remembers, latents excepted, is what slot `target` does."""
+        for stage in self.stages:
+            stage.state.copy(source, target)
+
+    @torch.no_grad()
     def prefill(self, spans: Sequence[Span], after_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Spans of sequences in different slots → residual stream after the last layer [S, C], one behind the other.
 
@@ -167,6 +173,11 @@ class Runner:
     def runs_before_its_best(self, tokens: int) -> int:
         """How often a prompt of so many tokens runs before it runs as fast as it can."""
         return 2 + BEFORE_GRAPH if self._graphs_prompts and tokens <= GRAPHED[-1] else 1
+
+    @property
+    def least_prefix(self) -> int:
+        """Of how many tokens a prompt is worth to go on from: what is computed behind others is no graph."""
+        return GRAPHED[-1] + 1 if self._graphs_prompts else 1
 
     def _layers(
         self, stage: Stage, h_SC: Tensor, chunk: ChunkRows, after_layer: Callable[[int, Tensor], None] | None = None

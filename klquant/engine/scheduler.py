@@ -4,6 +4,10 @@ A step is at most one chunk of prompts, several short ones or a part of a long o
 that has its prompt behind it. Sequences are admitted first come, first served, and a sequence gets all pages it may
 ever need when it is admitted: nothing is ever preempted, and decoding cannot run out of memory. The price is that pages
 for tokens that are never generated stay idle while their sequence runs.
+
+What a prompt left behind can outlive its answer as a prefix: a longer prompt that begins with it computes only the
+rest. A recurrent state cannot be taken back, so it is copied to another slot before the answer changes it. Prefixes
+have slots of their own, and pages that nobody else wants: they make room, the least recently used first.
 """
 
 from collections import deque
@@ -38,15 +42,29 @@ class Sequence:
     """A prompt and its answer, as numbers of tokens. A session's sequence comes back with a longer `prompt`.
 
     most: tokens whose state may have to be held. computed: tokens whose state is held once what was scheduled has run.
-    keep: slot and pages stay with the sequence when it finishes.
+    keep: slot and pages stay with the sequence when it finishes. tokens: the prompt's, perhaps with others behind, if
+    it may go on from a prefix and leave one. reused: tokens of the prefix that it went on from. copy: the slot that
+    gets the state behind the prompt, from when the prompt's last chunk is scheduled.
     """
 
     prompt: int
     most: int
     keep: bool = False
+    tokens: list[int] | None = None
     computed: int = 0
+    reused: int = 0
     slot: int | None = None
+    copy: int | None = None
     pages: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Prefix:
+    """What a prompt left: the slot whose state has seen its tokens and no others, and pages with their latents."""
+
+    tokens: list[int]
+    slot: int
+    pages: list[int]
 
 
 @dataclass(frozen=True)
@@ -71,14 +89,22 @@ class Step:
 
 
 class Scheduler:
-    """Holds every sequence from `add` to `finish`. `chunk`: most positions prefilled in a step."""
+    """Holds every sequence from `add` to `finish`, `slots` at a time. `chunk`: most positions prefilled in a step.
 
-    def __init__(self, *, slots: int, pages: int, page_tokens: int, chunk: int) -> None:
-        self.slots, self.pages = Pool(slots), Pool(pages)
+    prefixes: how many are kept, of prompts of at least `least` tokens. Slots are numbered from 0 to slots + prefixes.
+    """
+
+    def __init__(
+        self, *, slots: int, pages: int, page_tokens: int, chunk: int, prefixes: int = 0, least: int = 1
+    ) -> None:  # fmt: skip
+        self.slots, self.pages = Pool(slots + prefixes), Pool(pages)
         self.page_tokens, self.chunk = page_tokens, chunk
         self.waiting: deque[Sequence] = deque()
         self.prefilling: Sequence | None = None
         self.running: list[Sequence] = []
+        self.prefixes: list[Prefix] = []  # the least recently used first
+        self._most_held, self._held = slots, 0
+        self._most_prefixes, self._copies, self._least = prefixes, 0, least
 
     def check(self, sequence: Sequence) -> None:
         """Raises UserError when it could not run even alone."""
@@ -109,16 +135,22 @@ class Scheduler:
             if chunks[-1].last:
                 self.prefilling = None
                 self.running.append(sequence)
+                self._begin_copy(sequence)
         return Step(tuple(chunks), decode) if chunks or decode else None
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take it out, wherever it is; its slot and pages are free again unless it keeps them."""
+    def finish(self, sequence: Sequence, sound: bool = True) -> None:
+        """Take it out, wherever it is; its slot and pages are free again unless it keeps them.
+
+        What its prompt left becomes a prefix, unless what it computed is not `sound`.
+        """
         if sequence is self.prefilling:
             self.prefilling = None
         elif sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        if sequence.copy is not None:
+            self._end_copy(sequence, sound)
         if not sequence.keep:
             self.release(sequence)
 
@@ -127,16 +159,22 @@ class Scheduler:
         self.pages.give(sequence.pages)
         if sequence.slot is not None:
             self.slots.give([sequence.slot])
+            self._held -= 1
         sequence.pages, sequence.slot, sequence.computed = [], None, 0
 
+    def forget(self, prefix: Prefix) -> None:
+        """Free what it holds."""
+        self.prefixes.remove(prefix)
+        self.slots.give([prefix.slot])
+        self.pages.give(prefix.pages)
+
     def shortage(self, sequence: Sequence) -> str | None:
-        """What is missing for it to run now, in words; None when nothing is."""
-        if sequence.slot is None and not self.slots.free:
-            return f"all {self.slots.count} slots are taken"
+        """What is missing for it to run now, in words; None when nothing is, or prefixes can make room."""
+        if sequence.slot is None and self._held == self._most_held:
+            return f"all {self._most_held} slots are taken"
         pages = self._pages_for(sequence.most) - len(sequence.pages)
-        if pages > self.pages.free:
-            return f"{pages - self.pages.free} cache pages of {self.page_tokens} tokens are missing"
-        return None
+        pages -= self.pages.free + sum(len(prefix.pages) for prefix in self.prefixes)
+        return f"{pages} cache pages of {self.page_tokens} tokens are missing" if pages > 0 else None
 
     def _next_to_prefill(self) -> Sequence | None:
         """Whose prompt has begun, or else the first in the queue if it can run now."""
@@ -147,9 +185,52 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> None:
         if sequence.slot is None:
-            (sequence.slot,) = self.slots.take(1)
-        more = self._pages_for(sequence.most) - len(sequence.pages)
-        sequence.pages = sequence.pages + self.pages.take(max(more, 0))
+            self._held += 1
+            if prefix := self._prefix_of(sequence):
+                # Its slot and pages are the sequence's now.
+                self.prefixes.remove(prefix)
+                sequence.slot, sequence.pages = prefix.slot, prefix.pages
+                sequence.computed = sequence.reused = len(prefix.tokens)
+            else:
+                (sequence.slot,) = self.slots.take(1)
+        more = max(self._pages_for(sequence.most) - len(sequence.pages), 0)
+        while more > self.pages.free:
+            self.forget(self.prefixes[0])
+        sequence.pages = sequence.pages + self.pages.take(more)
+
+    def _prefix_of(self, sequence: Sequence) -> Prefix | None:
+        """The longest that the prompt begins with; its last token at least is to be computed."""
+        if sequence.tokens is None:
+            return None
+        found = [
+            prefix for prefix in self.prefixes
+            if (n := len(prefix.tokens)) < sequence.prompt and sequence.tokens[:n] == prefix.tokens
+        ]  # fmt: skip
+        return max(found, key=lambda prefix: len(prefix.tokens), default=None)
+
+    def _begin_copy(self, sequence: Sequence) -> None:
+        """Find a slot for the state behind the prompt, if it is worth one."""
+        if sequence.tokens is None or sequence.prompt < self._least or not self._most_prefixes:
+            return
+        if self._copies + len(self.prefixes) == self._most_prefixes:
+            if not self.prefixes:
+                return
+            self.forget(self.prefixes[0])
+        (sequence.copy,) = self.slots.take(1)
+        self._copies += 1
+
+    def _end_copy(self, sequence: Sequence, sound: bool) -> None:
+        """Make a prefix of the copied state and the prompt's pages."""
+        slot, sequence.copy = sequence.copy, None
+        self._copies -= 1
+        if not sound:
+            self.slots.give([slot])
+            return
+        tokens, own = sequence.tokens[: sequence.prompt], self._pages_for(sequence.prompt)
+        for same in [prefix for prefix in self.prefixes if prefix.tokens == tokens]:
+            self.forget(same)
+        self.prefixes.append(Prefix(tokens, slot, sequence.pages[:own]))
+        sequence.pages = sequence.pages[own:]
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

@@ -73,6 +73,12 @@ class DeviceState:
             state.conv[slot] = 0
             state.s[slot] = 0
 
+    def copy(self, source: int, target: int) -> None:
+        """Let the KDA state of slot `target` be that of `source`."""
+        for state in self.kda.values():
+            state.conv[target] = state.conv[source]
+            state.s[target] = state.s[source]
+
     def advance(self, slot_B: Tensor) -> StepRows:
         """Count one more token for every row and say where it goes."""
         return StepRows(slot_B, *advance(slot_B, self.length, self.table))

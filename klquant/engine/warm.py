@@ -19,6 +19,8 @@ def warm_up(engine: Engine) -> None:
 
     def ask(*lengths: int, params: SamplingParams = greedy) -> None:
         engine.generate([[(7919 * i + n) % vocab for i in range(length)] for n, length in enumerate(lengths)], params)
+        for prefix in engine.loop.scheduler.prefixes.copy():  # or the next prompt would go on from it
+            engine.loop.scheduler.forget(prefix)
 
     longest = max(1, min(limits.chunk, limits.max_context - ANSWER))
     for length in sorted({n for n in (*GRAPHED, *doubled(GRAPHED[-1], longest)) if n <= longest} | {longest}):
@@ -26,6 +28,8 @@ def warm_up(engine: Engine) -> None:
             ask(length)
         if limits.max_batch > 1 and length > 1:
             ask(length // 2, length - length // 2)
+    if longest < limits.max_context - ANSWER:
+        ask(min(longest + GRAPHED[0], limits.max_context - ANSWER))  # one that is more than a chunk
     # Who asks for nothing gets the checkpoint's defaults; temperature 0 is what people ask for most.
     usual = replace(engine.defaults, max_new_tokens=ANSWER, ignore_eos=True)
     for rows in sorted({n for n in BUCKETS if n <= limits.max_batch} | {limits.max_batch}):

@@ -108,21 +108,24 @@ def predict_memory(
     context: int,
     *,
     sequences: int = 1,
+    prefixes: int = 0,
     cache_bits: int = 16,
     activation_bytes: int = 2,
     embedding_on_cpu: bool = False,
 ) -> Memory:
     """Memory for `context` cached tokens in all over `sequences` sequences.
 
-    `cache_bits`: 8, or 16 for latents as wide as activations, of which a value takes `activation_bytes`.
+    `prefixes`: prompts besides whose KDA state is kept. `cache_bits`: 8, or 16 for latents as wide as activations, of
+    which a value takes `activation_bytes`.
     """
     latent = context * latent_bytes(config, cache_bits, activation_bytes)
-    state = sequences * kda_state_bytes(config, activation_bytes)
+    own = kda_state_bytes(config, activation_bytes)
+    state, kept = sequences * own, prefixes * own
     embedding = 0 if embedding_on_cpu else weights.embedding
     stages, reads = [], []
     for i, (size, routed) in enumerate(zip(weights.layers, weights.routed, strict=True)):
         used = size - routed + routed * config.top_k // config.num_experts
-        stages.append(size + (latent if config.is_mla(i) else state))
+        stages.append(size + (latent if config.is_mla(i) else state + kept))
         reads.append(used + (latent if config.is_mla(i) else 2 * state))
     stages[0] += embedding
     stages[-1] += weights.final
@@ -135,7 +138,7 @@ def predict_memory(
         embedding_on_cpu=embedding_on_cpu,
         weights=weights.total - weights.embedding + embedding,
         latent_cache=latent * len(config.mla_layers),
-        kda_state=state * kda_layers,
+        kda_state=(state + kept) * kda_layers,
         workspace=workspace_estimate(config, context, sequences, activation_bytes),
         runtime=RUNTIME_ESTIMATE,
         stages=tuple(stages),

@@ -141,6 +141,7 @@ async def _collect(work: Work, reply: Reply) -> JSONResponse:
         if said.delta.finish == "error":
             raise AnswerError(said.delta.error)
         answers[said.index].append(said.delta)
+    reply.reused = work.reused
     return JSONResponse(reply.whole(answers))
 
 
@@ -172,6 +173,7 @@ async def _stream(work: Work, reply: Reply, usage: bool) -> AsyncIterator[str]:
                 yield _event(body)
                 begun.add(said.index)
         if usage:
+            reply.reused = work.reused
             yield _event(reply.usage_chunk())
     except (AnswerError, WorkerStopped) as error:
         yield _event(error_body(str(error), 500))

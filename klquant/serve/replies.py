@@ -14,7 +14,10 @@ REASONS: dict[Finish, str] = {"eos": "stop", "stop": "stop", "length": "length",
 
 @dataclass
 class Reply:
-    """The outside of all that is said in answer to one request. `decode`: token ids to text."""
+    """The outside of all that is said in answer to one request.
+
+    decode: token ids to text. reused: tokens of the prompts that did not have to be computed.
+    """
 
     kind: Kind
     model: str
@@ -23,6 +26,7 @@ class Reply:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
+    reused: int = 0
 
     def chunk(self, index: int, delta: Delta, first: bool = False) -> dict | None:
         """A piece of answer `index` of a stream; None where there is nothing to say yet."""
@@ -61,7 +65,8 @@ class Reply:
     def usage(self) -> dict:
         total = self.prompt_tokens + self.completion_tokens
         return {
-            "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total
+            "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": self.reused},
         }  # fmt: skip
 
     def _outside(self, choices: list[dict], stream: bool) -> dict:

@@ -44,6 +44,11 @@ class Request:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[list[Said] | Exception | None] = asyncio.Queue()
 
+    @property
+    def reused(self) -> int:
+        """Tokens of its prompts whose state was there already; known once they are answered."""
+        return sum(job.scheduled.reused for job in self.jobs)
+
     def tell(self, event: list[Said] | Exception | None) -> None:
         """Called by the worker's thread. None: the engine has taken the request."""
         try:

@@ -381,3 +381,64 @@ def test_an_answer_stops_from_outside(loaded):
     assert not engine.loop.jobs
     session.reset()
     assert engine.loop.scheduler.slots.free == LIMITS.max_batch
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_prompt_that_begins_with_an_earlier_one_computes_the_rest(loaded, ahead, monkeypatch):
+    """And is answered as by an engine that computes all of it, whatever ran in between."""
+    engine, other = make(loaded, ahead, prefixes=2), make(loaded, cache_tokens=1024)
+    prefilled, prefill = [], engine.runner.prefill
+    monkeypatch.setattr(
+        engine.runner, "prefill", lambda spans: prefilled.extend(len(s.ids) for s in spans) or prefill(spans)
+    )
+    ids, reused = random_ids(70), []
+    for turn in range(3):
+        for params in (GREEDY, DRAWN):
+            prefilled.clear()
+            job = engine.submit(ids, params)
+            list(engine.follow(job))
+            assert job.answer().tokens == other.generate([ids], params)[0].tokens
+            reused.append(job.scheduled.reused)
+            assert sum(prefilled) == len(ids) - reused[-1]
+        engine.generate([random_ids(9, seed=turn + 100)], GREEDY)
+        ids = [*ids, *job.answer().tokens, *random_ids(20, seed=turn)]
+    # The same prompt again has nothing to go on from: its last token has to be computed, and no earlier state is left.
+    assert reused == [0, 0, 70, 0, 102, 0]
+
+
+def test_two_that_begin_alike_do_not_share_a_state(loaded):
+    engine = make(loaded, prefixes=3)
+    first = random_ids(40)
+    engine.generate([first], GREEDY)
+    both = [[*first, *random_ids(n, seed=n)] for n in (5, 33)]
+    jobs = [engine.submit(ids, GREEDY) for ids in both]
+    for job in jobs:
+        list(engine.follow(job))
+    assert [job.scheduled.reused for job in jobs] == [40, 0]
+    assert [job.answer().tokens for job in jobs] == [make(loaded).generate([ids], GREEDY)[0].tokens for ids in both]
+
+
+def test_an_answer_that_was_cut_short_leaves_its_prompt(loaded):
+    engine, ids = make(loaded, prefixes=1), random_ids(40)
+    stream = engine.stream(ids, GREEDY)
+    next(stream)
+    stream.close()
+    job = engine.submit([*ids, 5, 6], GREEDY)
+    list(engine.follow(job))
+    assert job.scheduled.reused == 40
+    assert job.answer().tokens == make(loaded).generate([[*ids, 5, 6]], GREEDY)[0].tokens
+
+
+def test_what_failed_leaves_nothing(loaded, monkeypatch):
+    engine, ids = make(loaded, prefixes=1), random_ids(40)
+
+    def broken(*_):
+        raise RuntimeError("no more memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "first_tokens", broken)
+        with pytest.raises(RuntimeError, match="no more memory"):
+            engine.generate([ids], GREEDY)
+    scheduler = engine.loop.scheduler
+    assert not scheduler.prefixes and scheduler.slots.free == scheduler.slots.count
+    assert scheduler.pages.free == scheduler.pages.count

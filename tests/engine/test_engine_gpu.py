@@ -115,6 +115,20 @@ def test_a_second_turn_is_one_prompt_of_everything(trained, cache_bits):
     assert got[:4] == want[:4]
 
 
+@pytest.mark.parametrize("cache_bits", [16, 8])
+def test_a_prompt_goes_on_from_an_earlier_one(trained, cache_bits):
+    """Up to rounding, and only where that is faster than to compute it again."""
+    limits = replace(LIMITS, cache_bits=cache_bits, max_context=2048, cache_tokens=4096)
+    engine, text = Engine(*trained, replace(limits, prefixes=1)), prompts(trained[1])[6]
+    for length, reused in ((engine.runner.least_prefix - 1, 0), (1300, 1300)):
+        first = (text * 40)[:length]
+        engine.generate([first, text], GREEDY)
+        job = engine.submit([*first, *text], GREEDY)
+        list(engine.follow(job))
+        want = Engine(*trained, limits).generate([[*first, *text]], GREEDY)[0].tokens
+        assert job.answer().tokens[:4] == want[:4] and job.scheduled.reused == reused
+
+
 def test_logits_that_are_no_numbers_end_only_their_own_answer(demo_model):
     reader = QuantizedReader.open(demo_model)
     weights = load_weights(reader, OneDevice(torch.device("cuda", 0), reader.config.num_layers), torch.bfloat16)

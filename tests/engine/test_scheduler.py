@@ -138,3 +138,80 @@ def test_nothing_is_given_back_twice():
     pool.give(taken)
     with pytest.raises(AssertionError):
         pool.give(taken)
+
+
+turns = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 10)), min_size=1, max_size=14)
+
+
+@given(turns, st.integers(1, 3), st.integers(12, 30), st.integers(0, 3), st.integers(1, 6), st.randoms())
+def test_prefixes_serve_prompts_that_begin_with_them_and_stand_in_nobodys_way(
+    talk, slots, pages, prefixes, least, random
+):
+    """Four conversations, whose prompts grow: what one left is what the next goes on from, and no other state is."""
+    s = Scheduler(slots=slots, pages=pages, page_tokens=PAGE, chunk=5, prefixes=prefixes, least=least)
+    said, seen, left = {}, {}, []  # tokens of conversations; of slots, what their state has seen
+    for who, more, new in talk:
+        tokens = [*said.get(who, [who]), *(random.randrange(9) for _ in range(more))]
+        said[who] = tokens if len(tokens) + new < 40 else [who]
+        left.append(Sequence(len(tokens), len(tokens) + new - 1, tokens=tokens))
+    added = []
+    while left or added:
+        while left and (not added or random.random() < 0.5):
+            added.append(left.pop(0))
+            s.add(added[-1])
+        step = s.schedule()
+        assert step is not None, "somebody waits and nobody runs"
+        for q in step.decode:
+            seen[q.slot] = None
+        for c in step.prefill:
+            q = c.sequence
+            state = [] if c.start == 0 else seen[q.slot]
+            assert state == q.tokens[: c.start], "it goes on from another's state"
+            seen[q.slot] = q.tokens[: c.stop]
+            assert q.reused == 0 or (q.reused >= least and q.reused < q.prompt)
+            if q.copy is not None:
+                seen[q.copy] = seen[q.slot]
+        for prefix in s.prefixes:
+            assert seen[prefix.slot] == prefix.tokens and len(prefix.pages) == -(-len(prefix.tokens) // PAGE)
+        held = [x for q in added for x in q.pages] + [x for p in s.prefixes for x in p.pages]
+        taken = [q.slot for q in added if q.slot is not None] + [q.copy for q in added if q.copy is not None]
+        taken += [p.slot for p in s.prefixes]
+        assert len(set(held)) == len(held) == pages - s.pages.free
+        assert len(set(taken)) == len(taken) == slots + prefixes - s.slots.free
+        assert sum(q.slot is not None for q in added) <= slots
+        for q in list(s.running):
+            if q.computed == q.most or random.random() < 0.05:
+                s.finish(q, sound=random.random() < 0.9)
+                added.remove(q)
+    for prefix in list(s.prefixes):
+        s.forget(prefix)
+    assert s.pages.free == pages and s.slots.free == slots + prefixes
+
+
+def run_alone(s, tokens):
+    """Answer a prompt with one token; returns how much of it was there."""
+    q = Sequence(len(tokens), len(tokens), tokens=tokens)
+    s.add(q)
+    while s.schedule():
+        pass
+    s.finish(q)
+    return q.reused
+
+
+def test_the_longest_prefix_serves_and_the_least_recently_used_goes_first():
+    s = Scheduler(slots=1, pages=20, page_tokens=PAGE, chunk=5, prefixes=2)
+    a, b = [1, 2, 3], [4, 5, 6]
+    assert [run_alone(s, x) for x in (a, [*a, 7], b)] == [0, 3, 0]
+    assert run_alone(s, [*a, 7, 8]) == 4, "what the second turn of a left"
+    assert run_alone(s, [*b, 9]) == 3
+    assert run_alone(s, [0]) == 0  # takes the slot of a's last turn
+    assert run_alone(s, [*a, 7, 8, 9]) == 0
+    assert run_alone(s, [0]) == 0, "the last token of a prompt is always computed"
+
+
+def test_prefixes_make_room_for_whoever_waits():
+    s = Scheduler(slots=2, pages=4, page_tokens=PAGE, chunk=50, prefixes=2)
+    assert run_alone(s, [1] * 8) == 0 and run_alone(s, [2] * 4) == 0 and s.pages.free == 1
+    assert run_alone(s, [*[1] * 8, *[3] * 4]) == 8, "its own prefix is not what makes room"
+    assert [len(prefix.tokens) for prefix in s.prefixes] == [4, 12]
+    assert run_alone(s, [9] * 16) == 0 and [len(prefix.tokens) for prefix in s.prefixes] == [16]

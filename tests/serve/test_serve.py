@@ -70,8 +70,8 @@ class Client:
 
 
 @contextmanager
-def serving(loaded, api_key=None, headers=None):
-    engine, failures = Engine(*loaded, LIMITS, ahead=False), []
+def serving(loaded, api_key=None, headers=None, limits=LIMITS):
+    engine, failures = Engine(*loaded, limits, ahead=False), []
     worker = Worker(engine, failures.append)
     server = uvicorn.Server(uvicorn.Config(make_app(engine, worker, "tiny", api_key), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
@@ -103,8 +103,29 @@ def test_a_chat_is_answered_as_the_engine_answers(client, reference):
     assert choice["finish_reason"] == {"eos": "stop", "length": "length"}[expected.finish]
     counts = expected.prompt_tokens, len(expected.tokens)
     assert said["usage"] == dict(
-        zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*counts, sum(counts)), strict=True)
+        zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*counts, sum(counts)), strict=True),
+        prompt_tokens_details={"cached_tokens": 0},
     )
+
+
+def test_the_next_turn_of_a_chat_computes_what_is_new(loaded, reference):
+    """Streamed or whole; the answer is the engine's that computes everything."""
+    with serving(loaded, limits=replace(LIMITS, prefixes=2)) as client:
+        chat, before = list(HELLO), 0
+        for turn, path in enumerate(["whole", "stream", "whole"]):
+            body = {"messages": chat, "max_tokens": 10}
+            (expected,) = reference.generate([chat], GREEDY)
+            if path == "whole":
+                said = client.ask("/v1/chat/completions", body)[1]
+                text, usage = said["choices"][0]["message"]["content"], said["usage"]
+            else:
+                body |= {"stream_options": {"include_usage": True}}
+                *pieces, last = client.stream("/v1/chat/completions", body)
+                text, usage = "".join(p["choices"][0]["delta"].get("content", "") for p in pieces), last["usage"]
+            assert text == expected.text
+            assert usage["prompt_tokens_details"] == {"cached_tokens": before}, turn
+            before = usage["prompt_tokens"]
+            chat += [{"role": "assistant", "content": text}, {"role": "user", "content": "and then?"}]
 
 
 def test_an_answer_without_a_limit_may_fill_the_context(client):
