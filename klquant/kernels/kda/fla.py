@@ -1,8 +1,8 @@
 """flash-linear-attention's chunked delta rule, with its tiles chosen here instead of tuned.
 
-Left alone fla tries some ninety variants of six kernels when a process meets its first prompt, for a minute and a half,
+Left alone fla tries 85 variants of six kernels when a process meets its first prompt, for a minute and a half,
 and keeps on the disk what was best for that one. Of a short prompt all are alike, so that a first prompt of 20 tokens
-can leave kernels that take long ones twice as long; and two machines choose differently, so that sums differ.
+can leave kernels that take half as long again for a long one; and two machines choose differently, so that sums differ.
 """
 
 from functools import cache
