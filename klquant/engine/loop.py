@@ -70,22 +70,29 @@ class Loop:
         self._launched.append((jobs, Reply.begin(chosen, len(jobs))))
 
     def _prefill(self, chunks: tuple[Chunk, ...]) -> None:
-        spans, done = [], []
+        """Read chunks, and choose what comes behind those that end a prompt. Where a prefix was all, one is empty."""
         for chunk in chunks:
-            job, slot = self.jobs[chunk.sequence], chunk.sequence.slot
+            job = self.jobs[chunk.sequence]
             if not job.bound:
-                self.runner.bind(slot, chunk.sequence.pages, job.params, job.tokens, fresh=chunk.start == 0)
+                slot, pages = chunk.sequence.slot, chunk.sequence.pages
+                self.runner.bind(slot, pages, job.params, job.tokens, fresh=chunk.start == 0)
                 job.bound = True
-            spans.append(Span(job.tokens[chunk.start : chunk.stop], slot, chunk.start))
-            if chunk.last:
-                done.append(job)
-        h_SC = self.runner.prefill(spans)
-        for job in done:
-            if job.scheduled.copy is not None:
-                self.runner.copy(job.scheduled.slot, job.scheduled.copy)
-        if done:
-            chosen = self.runner.first_tokens(h_SC, spans[: len(done)], mode_of([job.params for job in done]))
-            self._launched.append((done, Reply.begin(chosen, len(done))))
+        for known in (False, True):
+            some = [chunk for chunk in chunks if (chunk.start == chunk.stop) == known]
+            if not some:
+                continue
+            spans = [self._span(chunk) for chunk in some]
+            h_SC = None if known else self.runner.prefill(spans)
+            if done := [self.jobs[chunk.sequence] for chunk in some if chunk.last]:
+                chosen = self.runner.first_tokens(h_SC, spans[: len(done)], mode_of([job.params for job in done]))
+                self._launched.append((done, Reply.begin(chosen, len(done))))
+            for job in done:
+                if job.scheduled.copy is not None:
+                    self.runner.copy(job.scheduled.slot, job.scheduled.copy)
+
+    def _span(self, chunk: Chunk) -> Span:
+        tokens = self.jobs[chunk.sequence].tokens[chunk.start : chunk.stop]
+        return Span(tokens, chunk.sequence.slot, chunk.start)
 
     def _take(self, jobs: list[Job], reply: Reply) -> None:
         """Hand tokens to their answers; those of answers that have ended are dropped."""

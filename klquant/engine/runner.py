@@ -64,6 +64,8 @@ class Runner:
         ]
         head = self.stages[-1].device
         self.sampling = SamplingState.empty(slots + 1, self.cfg.vocab_size, head)
+        # The stream behind the last prompt of each slot, from which its first token was chosen.
+        self.ends_NC = torch.zeros(slots + 1, self.cfg.hidden_size, device=head)
         # The token each slot is fed next, beside the embedding that reads it.
         self.next_token = torch.zeros(slots + 1, dtype=torch.int64, device=weights.embedding_VC.device)
         self._graphs = {s.device: Graphs(s.device) for s in self.stages if s.device.type == "cuda"}
@@ -84,9 +86,10 @@ class Runner:
 
     @torch.no_grad()
     def copy(self, source: int, target: int) -> None:
-        """What slot `source` remembers, latents excepted, is what slot `target` does."""
+        """Let slot `target` remember of a prompt that was read what `source` does; latents excepted."""
         for stage in self.stages:
             stage.state.copy(source, target)
+        self.ends_NC[target] = self.ends_NC[source]
 
     @torch.no_grad()
     def prefill(self, spans: Sequence[Span], after_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
@@ -114,13 +117,20 @@ class Runner:
         return h_SC[: len(ids)]
 
     @torch.no_grad()
-    def first_tokens(self, h_SC: Tensor, spans: Sequence[Span], mode: Mode) -> Chosen:
-        """The token right behind each span: a row each. h: the stream of the spans, and what may follow them."""
+    def first_tokens(self, h_SC: Tensor | None, spans: Sequence[Span], mode: Mode) -> Chosen:
+        """The token right behind each span: a row each.
+
+        h: the stream of the spans, and what may follow them. None: the spans are empty, and their slots have read the
+        prompts that end there before.
+        """
         ends = accumulate(len(span.ids) for span in spans)
         rows = torch.tensor([[end - 1, span.slot, span.stop] for end, span in zip(ends, spans, strict=True)])
-        with on(h_SC.device):
-            last_B, slot_B, position_B = upload(rows.T.contiguous(), h_SC.device)
-            logits_BV = self.weights.head(self.cfg, h_SC[last_B])
+        device = self.ends_NC.device
+        with on(device):
+            last_B, slot_B, position_B = upload(rows.T.contiguous(), device)
+            if h_SC is not None:
+                self.ends_NC[slot_B] = h_SC[last_B].to(self.ends_NC.dtype)
+            logits_BV = self.weights.head(self.cfg, self.ends_NC[slot_B])
             chosen = sample(logits_BV, self.sampling, slot_B, position_B, mode)
             self.next_token[slot_B.to(self.next_token.device)] = chosen.token.to(self.next_token.device)
         return chosen

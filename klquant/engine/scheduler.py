@@ -69,7 +69,8 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Positions [start, stop) of a sequence's prompt. `last`: its first token can be sampled after them."""
+    """Positions [start, stop) of a sequence's prompt, none of one that is a prefix. `last`: its first token can be
+    sampled after them."""
 
     sequence: Sequence
     start: int
@@ -199,12 +200,12 @@ class Scheduler:
         sequence.pages = sequence.pages + self.pages.take(more)
 
     def _prefix_of(self, sequence: Sequence) -> Prefix | None:
-        """The longest that the prompt begins with; its last token at least is to be computed."""
+        """The longest that the prompt begins with; it may be all of it."""
         if sequence.tokens is None:
             return None
         found = [
             prefix for prefix in self.prefixes
-            if (n := len(prefix.tokens)) < sequence.prompt and sequence.tokens[:n] == prefix.tokens
+            if (n := len(prefix.tokens)) <= sequence.prompt and sequence.tokens[:n] == prefix.tokens
         ]  # fmt: skip
         return max(found, key=lambda prefix: len(prefix.tokens), default=None)
 

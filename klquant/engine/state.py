@@ -74,7 +74,8 @@ class DeviceState:
             state.s[slot] = 0
 
     def copy(self, source: int, target: int) -> None:
-        """Let the KDA state of slot `target` be that of `source`."""
+        """Let KDA state and length of slot `target` be those of `source`."""
+        self.length[target] = self.length[source]
         for state in self.kda.values():
             state.conv[target] = state.conv[source]
             state.s[target] = state.s[source]
