@@ -34,8 +34,10 @@ _SAMPLING = (
 
 # Words such as `stop` only at the beginning of an error: what comes from a file has the file's name there.
 _PARAMETER = re.compile(
-    rf"^({'|'.join(f.name for f in fields(SamplingParams))})\b|\b(max_context|max_new_tokens|max_batch|cache_tokens)\b"
+    rf"^({'|'.join(f.name for f in fields(SamplingParams))})\b"
+    r"|\b(max_context|max_new_tokens|max_batch|cache_tokens|prefixes)\b"
 )
+_OPTIONS = {"prefixes": "prefix-cache"}  # where the name is not the parameter's
 
 
 class DeviceSizes(click.ParamType):
@@ -121,7 +123,11 @@ def named_as_options() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(_PARAMETER.sub(lambda match: f"--{match[0].replace('_', '-')}", str(error))) from None
+        raise UserError(_PARAMETER.sub(lambda match: f"--{_option(match[0])}", str(error))) from None
+
+
+def _option(parameter: str) -> str:
+    return _OPTIONS.get(parameter, parameter.replace("_", "-"))
 
 
 def sampling(engine: "Engine", given: dict[str, object]) -> SamplingParams:

@@ -102,6 +102,7 @@ class Loop:
             if token < 0:
                 self._fail(job)
                 continue
+            job.scheduled.checked = True
             top = job.params.logprobs
             job.push(token, None if top is None else reply.logprob(row, top))
             if job.stopping:

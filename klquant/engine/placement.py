@@ -179,6 +179,27 @@ def _does_not_fit(
 ) -> str:
     """One line: what is missing, and what would fit instead."""
     memory, split = _best(config, sizes, devices, needs)
+    ways = _ways(config, sizes, devices, needs)
+    if needs.get("prefixes"):
+        none = needs | {"prefixes": 0}
+        if not _best(config, sizes, devices, none)[1].missing:
+            ways = ["prefixes 0", *ways]
+        elif not ways:
+            ways = [f"{way} and prefixes 0" for way in _ways(config, sizes, devices, none)]
+    where = ", ".join(f"{device} ({room / GIB:.1f} GiB free)" for device, room in devices.items())
+    parts = (
+        f"weights {memory.weights / GIB:.1f}, latent cache {memory.latent_cache / GIB:.1f}, KDA state "
+        f"{memory.kda_state / GIB:.1f}, workspace and runtime {(memory.workspace + memory.runtime) / GIB:.1f} a device"
+    )
+    return (
+        f"the model with {memory.context:,} tokens of context does not fit {where}: {split.missing / GIB:.2f} GiB are "
+        f"missing ({parts}, in GiB); what would fit: {'; '.join(ways) or 'nothing klquant makes, at any context'}"
+    )
+
+
+def _ways(config: KimiLinearConfig, sizes: WeightSizes, devices: Mapping[torch.device, int], needs: Needs) -> list[str]:
+    """Of what is asked for, what could be changed so that it fits."""
+    memory = _best(config, sizes, devices, needs)[0]
     ways, eight = [], needs | {"cache_bits": 8}
     if memory.cache_bits > 8 and not _best(config, sizes, devices, eight)[1].missing:
         ways.append("an 8-bit latent cache")
@@ -191,15 +212,7 @@ def _does_not_fit(
     ]
     if recipes:
         ways.append(f"the recipe {' or '.join(recipes)}")
-    where = ", ".join(f"{device} ({room / GIB:.1f} GiB free)" for device, room in devices.items())
-    parts = (
-        f"weights {memory.weights / GIB:.1f}, latent cache {memory.latent_cache / GIB:.1f}, KDA state "
-        f"{memory.kda_state / GIB:.1f}, workspace and runtime {(memory.workspace + memory.runtime) / GIB:.1f} a device"
-    )
-    return (
-        f"the model with {memory.context:,} tokens of context does not fit {where}: {split.missing / GIB:.2f} GiB are "
-        f"missing ({parts}, in GiB); what would fit: {'; '.join(ways) or 'nothing klquant makes, at any context'}"
-    )
+    return ways
 
 
 @cache

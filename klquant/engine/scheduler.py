@@ -44,7 +44,7 @@ class Sequence:
     most: tokens whose state may have to be held. computed: tokens whose state is held once what was scheduled has run.
     keep: slot and pages stay with the sequence when it finishes. tokens: the prompt's, perhaps with others behind, if
     it may go on from a prefix and leave one. reused: tokens of the prefix that it went on from. copy: the slot that
-    gets the state behind the prompt, from when the prompt's last chunk is scheduled.
+    gets the state behind the prompt, from when the prompt's last chunk is scheduled. checked: its first token was one.
     """
 
     prompt: int
@@ -55,16 +55,21 @@ class Sequence:
     reused: int = 0
     slot: int | None = None
     copy: int | None = None
+    checked: bool = False
     pages: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class Prefix:
-    """What a prompt left: the slot whose state has seen its tokens and no others, and pages with their latents."""
+    """What a prompt left: the slot whose state has seen its tokens and no others, and pages with their latents.
+
+    whole: the slot knows the stream behind them as well, from which a first token is chosen.
+    """
 
     tokens: list[int]
     slot: int
     pages: list[int]
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,14 @@ class Scheduler:
     def finish(self, sequence: Sequence, sound: bool = True) -> None:
         """Take it out, wherever it is; its slot and pages are free again unless it keeps them.
 
-        What its prompt left becomes a prefix, unless what it computed is not `sound`.
+        What its prompt left becomes a prefix, or as much of it as was read, unless what it computed is not `sound`.
         """
         if sequence is self.prefilling:
             self.prefilling = None
+            if sound and self._worth_keeping(sequence, sequence.computed) and self._room_for_a_prefix():
+                slot, sequence.slot = sequence.slot, None
+                self._held -= 1
+                self._keep(sequence, sequence.computed, slot, whole=False)
         elif sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -205,32 +214,46 @@ class Scheduler:
             return None
         found = [
             prefix for prefix in self.prefixes
-            if (n := len(prefix.tokens)) <= sequence.prompt and sequence.tokens[:n] == prefix.tokens
+            if (n := len(prefix.tokens)) <= sequence.prompt - (not prefix.whole)
+            and sequence.tokens[:n] == prefix.tokens
         ]  # fmt: skip
         return max(found, key=lambda prefix: len(prefix.tokens), default=None)
 
-    def _begin_copy(self, sequence: Sequence) -> None:
-        """Find a slot for the state behind the prompt, if it is worth one."""
-        if sequence.tokens is None or sequence.prompt < self._least or not self._most_prefixes:
-            return
+    def _worth_keeping(self, sequence: Sequence, count: int) -> bool:
+        """Whether a prompt's first tokens are, and nobody keeps, or is about to keep, the same."""
+        if sequence.tokens is None or count < max(self._least, 1):
+            return False
+        tokens = sequence.tokens[:count]
+        about = [q.tokens[: q.prompt] for q in self.running if q.copy is not None and q.prompt == count]
+        return tokens not in about and all(prefix.tokens != tokens for prefix in self.prefixes)
+
+    def _room_for_a_prefix(self) -> bool:
+        """Whether there may be one more, once the least recently used has gone."""
         if self._copies + len(self.prefixes) == self._most_prefixes:
             if not self.prefixes:
-                return
+                return False
             self.forget(self.prefixes[0])
-        (sequence.copy,) = self.slots.take(1)
-        self._copies += 1
+        return True
+
+    def _begin_copy(self, sequence: Sequence) -> None:
+        """Find a slot for the state behind the prompt, if it is worth one."""
+        if self._most_prefixes and self._worth_keeping(sequence, sequence.prompt) and self._room_for_a_prefix():
+            (sequence.copy,) = self.slots.take(1)
+            self._copies += 1
 
     def _end_copy(self, sequence: Sequence, sound: bool) -> None:
-        """Make a prefix of the copied state and the prompt's pages."""
+        """Make a prefix of the copied state, if nothing is wrong with it."""
         slot, sequence.copy = sequence.copy, None
         self._copies -= 1
-        if not sound:
+        if sound and sequence.checked:
+            self._keep(sequence, sequence.prompt, slot, whole=True)
+        else:
             self.slots.give([slot])
-            return
-        tokens, own = sequence.tokens[: sequence.prompt], self._pages_for(sequence.prompt)
-        for same in [prefix for prefix in self.prefixes if prefix.tokens == tokens]:
-            self.forget(same)
-        self.prefixes.append(Prefix(tokens, slot, sequence.pages[:own]))
+
+    def _keep(self, sequence: Sequence, count: int, slot: int, whole: bool) -> None:
+        """Make a prefix of the sequence's first tokens, with its pages for them."""
+        own = self._pages_for(count)
+        self.prefixes.append(Prefix(sequence.tokens[:count], slot, sequence.pages[:own], whole))
         sequence.pages = sequence.pages[own:]
 
     def _pages_for(self, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""OpenAI's HTTP interface over an engine: /v1/models, /v1/chat/completions, /v1/completions, and /health."""
+"""OpenAI's HTTP interface over an engine: /v1/models, /v1/chat/completions, /v1/completions; /health; a page at /."""
 
 import asyncio
 import json
@@ -6,11 +6,12 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable
+from importlib import resources
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from klquant.engine.engine import Engine, Prompt
@@ -25,6 +26,11 @@ from klquant.serve.worker import Worker, WorkerStopped
 MAX_ANSWERS = 1024
 # Characters of a token, generously.
 LONGEST_TOKEN = 128
+# The page speaks to nobody else, and runs nothing that it did not bring.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class AnswerError(Exception):
@@ -74,6 +80,13 @@ def make_app(engine: Engine, worker: Worker, name: str, api_key: str | None = No
     @app.exception_handler(WorkerStopped)
     async def gone(_: Request, error: WorkerStopped) -> JSONResponse:
         return _error(str(error), 503)
+
+    page = (resources.files("klquant.serve") / "page.html").read_text(encoding="utf-8")
+
+    @app.get("/", response_class=HTMLResponse)
+    async def chat_page() -> HTMLResponse:
+        """A chat, which needs no key; what it asks of /v1 does."""
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer"})
 
     @app.get("/health")
     async def health() -> JSONResponse:

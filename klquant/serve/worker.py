@@ -46,8 +46,11 @@ class Request:
 
     @property
     def reused(self) -> int:
-        """Tokens of its prompts whose state was there already; known once they are answered."""
-        return sum(job.scheduled.reused for job in self.jobs)
+        """Tokens of its prompts whose state was there already, whichever answer began with it; known at the end."""
+        most: dict[int, int] = {}
+        for (ids, _), job in zip(self.orders, self.jobs, strict=True):
+            most[id(ids)] = max(most.get(id(ids), 0), job.scheduled.reused)
+        return sum(most.values())
 
     def tell(self, event: list[Said] | Exception | None) -> None:
         """Called by the worker's thread. None: the engine has taken the request."""

@@ -428,6 +428,21 @@ def test_an_answer_that_was_cut_short_leaves_its_prompt(loaded):
     assert job.answer().tokens == make(loaded).generate([[*ids, 5, 6]], GREEDY)[0].tokens
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_prompt_that_was_given_up_is_gone_on_with(loaded, ahead):
+    """As when a client loses patience, and asks again."""
+    engine, ids = make(loaded, ahead, prefixes=2), random_ids(100)
+    job = engine.submit(ids, GREEDY)
+    engine.loop.step()
+    engine.loop.step()
+    engine.cancel(job)
+    for expected in (62, 100):
+        job = engine.submit(ids, GREEDY)
+        list(engine.follow(job))
+        assert job.scheduled.reused == expected
+        assert job.answer().tokens == make(loaded).generate([ids], GREEDY)[0].tokens
+
+
 def test_what_failed_leaves_nothing(loaded, monkeypatch):
     engine, ids = make(loaded, prefixes=1), random_ids(40)
 

@@ -113,6 +113,13 @@ def test_what_would_fit_does(big):
         plan_placement(config, sizes, card, context=131_072)
     int3 = synthetic_plan(config, "int3").weight_sizes
     plan_placement(config, int3, card, context=131_072)
+    least = predict_memory(config, int3, 8192, sequences=2, embedding_on_cpu=True).total
+    tight = {CARDS[0]: least + (50 << 20)}
+    with pytest.raises(UserError, match=r"what would fit: prefixes 0; a context of [\d,]+ tokens$"):
+        plan_placement(config, int3, tight, context=8192, sequences=2, prefixes=4)
+    plan_placement(config, int3, tight, context=8192, sequences=2)
+    with pytest.raises(UserError, match=r"what would fit: the recipe int3 and prefixes 0$"):
+        plan_placement(config, sizes, tight, context=8192, sequences=2, prefixes=1000)
     two = dict.fromkeys(CARDS[:2], 17 * GIB)
     with pytest.raises(UserError, match=r"an 8-bit latent cache; a context of ([\d,]+) tokens") as error:
         plan_placement(config, sizes, two, context=1 << 20)

@@ -143,13 +143,14 @@ def test_nothing_is_given_back_twice():
 turns = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 10)), min_size=1, max_size=14)
 
 
-@given(turns, st.integers(1, 3), st.integers(12, 30), st.integers(0, 3), st.integers(1, 6), st.randoms())
+@given(turns, st.integers(1, 3), st.integers(16, 30), st.integers(0, 3), st.integers(1, 6), st.randoms())
 def test_prefixes_serve_prompts_that_begin_with_them_and_stand_in_nobodys_way(
     talk, slots, pages, prefixes, least, random
 ):
     """Four conversations, whose prompts grow: what one left is what the next goes on from, and no other state is."""
     s = Scheduler(slots=slots, pages=pages, page_tokens=PAGE, chunk=5, prefixes=prefixes, least=least)
-    said, seen, left = {}, {}, []  # tokens of conversations; of slots, what their state has seen
+    said, left = {}, []
+    seen, ends = {}, {}  # of slots: what their state has seen, and behind what the stream is known
     for who, more, new in talk:
         tokens = [*said.get(who, [who]), *(random.randrange(9) for _ in range(more))]
         said[who] = tokens if len(tokens) + new < 40 else [who]
@@ -169,8 +170,11 @@ def test_prefixes_serve_prompts_that_begin_with_them_and_stand_in_nobodys_way(
             assert state == q.tokens[: c.start], "it goes on from another's state"
             seen[q.slot] = q.tokens[: c.stop]
             assert q.reused == 0 or least <= q.reused <= q.prompt
+            assert c.start < c.stop or ends.get(q.slot) == q.tokens[: q.prompt], "it is not known what comes next"
+            if c.last:
+                ends[q.slot] = q.tokens[: q.prompt]
             if q.copy is not None:
-                seen[q.copy] = seen[q.slot]
+                seen[q.copy], ends[q.copy] = seen[q.slot], ends[q.slot]
         for prefix in s.prefixes:
             assert seen[prefix.slot] == prefix.tokens and len(prefix.pages) == -(-len(prefix.tokens) // PAGE)
         held = [x for q in added for x in q.pages] + [x for p in s.prefixes for x in p.pages]
@@ -179,8 +183,11 @@ def test_prefixes_serve_prompts_that_begin_with_them_and_stand_in_nobodys_way(
         assert len(set(held)) == len(held) == pages - s.pages.free
         assert len(set(taken)) == len(taken) == slots + prefixes - s.slots.free
         assert sum(q.slot is not None for q in added) <= slots
-        for q in list(s.running):
-            if q.computed == q.most or random.random() < 0.05:
+        kept = [prefix.tokens for prefix in s.prefixes]
+        assert all(kept.count(tokens) == 1 for tokens in kept), "one twice"
+        for q in [*s.running, *([s.prefilling] if s.prefilling else [])]:
+            q.checked = q in s.running and random.random() < 0.95
+            if q.computed == q.most or random.random() < 0.1:
                 s.finish(q, sound=random.random() < 0.9)
                 added.remove(q)
     for prefix in list(s.prefixes):
@@ -193,7 +200,7 @@ def run_alone(s, tokens):
     q = Sequence(len(tokens), len(tokens), tokens=tokens)
     s.add(q)
     while s.schedule():
-        pass
+        q.checked = True
     s.finish(q)
     return q.reused
 
@@ -215,3 +222,40 @@ def test_prefixes_make_room_for_whoever_waits():
     assert run_alone(s, [*[1] * 8, *[3] * 4]) == 8, "its own prefix is not what makes room"
     assert [len(prefix.tokens) for prefix in s.prefixes] == [4, 12]
     assert run_alone(s, [9] * 16) == 0 and [len(prefix.tokens) for prefix in s.prefixes] == [16]
+
+
+def test_equal_prompts_leave_one_prefix():
+    s = Scheduler(slots=3, pages=20, page_tokens=PAGE, chunk=50, prefixes=2)
+    run_alone(s, [1] * 8)
+    both = [Sequence(8, 9, tokens=[2] * 8, checked=True) for _ in range(2)]
+    for q in both:
+        s.add(q)
+    s.schedule()
+    assert [q.copy is None for q in both] == [False, True]
+    for q in both:
+        s.finish(q)
+    assert [prefix.tokens for prefix in s.prefixes] == [[1] * 8, [2] * 8]
+
+
+def test_what_was_read_of_a_prompt_that_is_given_up_stays():
+    s = Scheduler(slots=1, pages=20, page_tokens=PAGE, chunk=5, prefixes=1)
+    tokens = list(range(12))
+    q = Sequence(12, 20, tokens=tokens)
+    s.add(q)
+    s.schedule()
+    s.schedule()
+    s.finish(q)
+    (prefix,) = s.prefixes
+    assert prefix.tokens == tokens[:10] and len(prefix.pages) == 3 and s.pages.free == 17 and s.slots.free == 1
+    assert run_alone(s, tokens[:10]) == 0, "nobody knows what comes behind its last token"
+    assert run_alone(s, tokens) == 10
+
+
+def test_what_nobody_looked_at_is_not_kept():
+    """Of an answer that is cancelled before its first token was seen, the state may hold no numbers."""
+    s = Scheduler(slots=1, pages=20, page_tokens=PAGE, chunk=50, prefixes=1)
+    q = Sequence(8, 9, tokens=[1] * 8)
+    s.add(q)
+    s.schedule()
+    s.finish(q)
+    assert not s.prefixes and s.slots.free == 2

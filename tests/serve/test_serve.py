@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,29 @@ def test_the_next_turn_of_a_chat_computes_what_is_new(loaded, reference):
             assert usage["prompt_tokens_details"] == {"cached_tokens": before}, turn
             before = usage["prompt_tokens"]
             chat += [{"role": "assistant", "content": text}, {"role": "user", "content": "and then?"}]
+
+
+def test_what_was_known_is_counted_once_a_prompt(loaded):
+    with serving(loaded, limits=replace(LIMITS, prefixes=2)) as client:
+        known = client.ask("/v1/completions", {"prompt": "hello, world", "max_tokens": 3})[1]["usage"]["prompt_tokens"]
+        said = client.ask("/v1/completions", {"prompt": "hello, world and", "n": 3, "max_tokens": 3})[1]
+        assert said["usage"]["prompt_tokens_details"] == {"cached_tokens": known}
+
+
+def test_the_page_is_whole_and_speaks_to_this_server_only(client):
+    connection = client.send("/")
+    answer = connection.getresponse()
+    page = answer.read().decode()
+    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert not re.search(r"https?://|\bsrc=|\bhref=|innerHTML|@import|url\(", page)
+    # What it asks of the interface is what the interface has.
+    asked = set(re.findall(r'fetch\("([^"]+)"', page))
+    assert asked == {"v1/models", "v1/chat/completions"}
+    fields = {"messages": HELLO, "temperature": 0.5, "top_p": 0.9, "max_tokens": 3, "stream": True}
+    assert all(f'"{name}"' in page or f"{name}:" in page for name in fields)
+    *_, last = client.stream("/v1/chat/completions", fields | {"stream_options": {"include_usage": True}})
+    assert last["usage"]["completion_tokens"] == 3 and "cached_tokens" in last["usage"]["prompt_tokens_details"]
 
 
 def test_an_answer_without_a_limit_may_fill_the_context(client):
