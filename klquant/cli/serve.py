@@ -52,7 +52,7 @@ def command(
     api_key: str | None,
 ) -> None:  # fmt: skip
     """Serve MODEL, a checkpoint folder or a hub id, quantized or not, over HTTP as OpenAI's API: /v1/chat/completions,
-    /v1/completions, /v1/models, and /health.
+    /v1/completions, /v1/models, and /health. At / is a page to chat at.
 
     Requests that come while others run join them. Ctrl-C ends it.
     """
@@ -91,8 +91,8 @@ def command(
         server = _server(config, worker.stop)
         address = f"[{host}]" if ":" in host else host
         note(
-            f"{called} at http://{address}:{listener.getsockname()[1]}/v1, {max_batch} sequences of up to "
-            f"{engine.limits.max_context:,} tokens; Ctrl-C ends it"
+            f"{called} at http://{address}:{listener.getsockname()[1]}/v1, a page to chat at /, {max_batch} sequences of "
+            f"up to {engine.limits.max_context:,} tokens; Ctrl-C ends it"
         )
         try:
             server.run(sockets=[listener])

@@ -127,6 +127,10 @@ def test_a_prompt_goes_on_from_an_earlier_one(trained, cache_bits):
         list(engine.follow(job))
         want = Engine(*trained, limits).generate([[*first, *text]], GREEDY)[0].tokens
         assert job.answer().tokens[:4] == want[:4] and job.scheduled.reused == reused
+        again = engine.submit([*first, *text], GREEDY)
+        list(engine.follow(again))
+        assert again.answer().tokens == job.answer().tokens, "the same state, and the same kernels"
+        assert again.scheduled.reused == again.scheduled.prompt
 
 
 def test_logits_that_are_no_numbers_end_only_their_own_answer(demo_model):
