@@ -89,10 +89,10 @@ def command(
         app = make_app(engine, worker, called, api_key)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE, lifespan="off")
         server = _server(config, worker.stop)
-        address = f"[{host}]" if ":" in host else host
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         note(
-            f"{called} at http://{address}:{listener.getsockname()[1]}/v1, a page to chat at /, {max_batch} sequences of "
-            f"up to {engine.limits.max_context:,} tokens; Ctrl-C ends it"
+            f"{called}: a chat at {url}, OpenAI's API at {url}/v1; {max_batch} sequences of up to "
+            f"{engine.limits.max_context:,} tokens; Ctrl-C ends it"
         )
         try:
             server.run(sockets=[listener])
