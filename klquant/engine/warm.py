@@ -17,19 +17,24 @@ def warm_up(engine: Engine) -> None:
     limits, vocab = engine.limits, engine.cfg.vocab_size
     greedy = SamplingParams(max_new_tokens=ANSWER, ignore_eos=True)
 
-    def ask(*lengths: int, params: SamplingParams = greedy) -> None:
+    def ask(*lengths: int, params: SamplingParams = greedy, keep: bool = False) -> None:
+        """keep: the next prompt goes on from this one."""
         engine.generate([[(7919 * i + n) % vocab for i in range(length)] for n, length in enumerate(lengths)], params)
-        for prefix in engine.loop.scheduler.prefixes.copy():  # or the next prompt would go on from it
+        for prefix in [] if keep else engine.loop.scheduler.prefixes.copy():
             engine.loop.scheduler.forget(prefix)
 
-    longest = max(1, min(limits.chunk, limits.max_context - ANSWER))
+    most = max(1, limits.max_context - ANSWER)
+    longest = min(limits.chunk, most)
     for length in sorted({n for n in (*GRAPHED, *doubled(GRAPHED[-1], longest)) if n <= longest} | {longest}):
         for _ in range(engine.runner.runs_before_its_best(length)):
             ask(length)
         if limits.max_batch > 1 and length > 1:
             ask(length // 2, length - length // 2)
-    if longest < limits.max_context - ANSWER:
-        ask(min(longest + GRAPHED[0], limits.max_context - ANSWER))  # one that is more than a chunk
+    if longest < most:
+        ask(min(longest + GRAPHED[0], most))  # more than a chunk
+    if limits.prefixes and (first := engine.runner.least_prefix) < most:
+        ask(first, keep=True)
+        ask(min(first + GRAPHED[0], most))
     # Who asks for nothing gets the checkpoint's defaults; temperature 0 is what people ask for most.
     usual = replace(engine.defaults, max_new_tokens=ANSWER, ignore_eos=True)
     for rows in sorted({n for n in BUCKETS if n <= limits.max_batch} | {limits.max_batch}):

@@ -9,13 +9,13 @@ from klquant.engine.warm import warm_up
 from klquant.kernels.mla.pages import PAGE_SIZE
 
 
-@pytest.mark.parametrize("batch", [1, 5, 8])
+@pytest.mark.parametrize(("batch", "prefixes"), [(1, 0), (5, 2), (8, 0)])
 @pytest.mark.parametrize(("context", "chunk"), [(8, 100), (200, 50), (90, 300)])
-def test_every_size_is_met_and_nothing_stays(tiny, monkeypatch, batch, context, chunk):
+def test_every_size_is_met_and_nothing_stays(tiny, monkeypatch, batch, prefixes, context, chunk):
     cache = batch * -(-context // PAGE_SIZE) * PAGE_SIZE
-    limits = {"max_context": context, "max_batch": batch, "cache_tokens": cache, "chunk": chunk}
+    limits = {"max_context": context, "max_batch": batch, "cache_tokens": cache, "chunk": chunk, "prefixes": prefixes}
     with Engine.from_pretrained(tiny, devices="cpu", **limits) as warmed:
-        rows, prompts, runner = set(), set(), warmed.runner
+        rows, prompts, behind, runner = set(), set(), set(), warmed.runner
         decode, prefill = runner.decode, runner.prefill
 
         def seen_decode(slots, mode):
@@ -24,6 +24,7 @@ def test_every_size_is_met_and_nothing_stays(tiny, monkeypatch, batch, context, 
 
         def seen_prefill(spans):
             prompts.add(tuple(len(span.ids) for span in spans))
+            behind.update(span.start for span in spans)
             return prefill(spans)
 
         monkeypatch.setattr(runner, "decode", seen_decode)
@@ -33,7 +34,10 @@ def test_every_size_is_met_and_nothing_stays(tiny, monkeypatch, batch, context, 
         longest = min(chunk, context - 3)
         assert (longest,) in prompts and max(map(sum, prompts)) <= chunk
         assert (batch > 1) == any(len(lengths) > 1 for lengths in prompts)
-        assert not warmed.loop.jobs and not warmed.loop.scheduler.waiting
+        assert (behind > {0}) == (chunk < context or prefixes > 0), (
+            "what lies behind other tokens has kernels of its own"
+        )
+        assert not warmed.loop.jobs and not warmed.loop.scheduler.waiting and not warmed.loop.scheduler.prefixes
         params = SamplingParams(max_new_tokens=4, ignore_eos=True)
         (after,) = warmed.generate([[5, 6, 7]], params)
     with Engine.from_pretrained(tiny, devices="cpu", **limits) as cold:
