@@ -5,16 +5,19 @@
 
 The first column is "first", the time until the last request has its first piece, as a client sees it. Prompts are token
 ids; a tokenizer that makes one character of each token stands in for the model's. 1x32768+2: a prompt of 32,768 tokens,
-and two more that begin with the one before and are 256 tokens longer, a row each.
+and two more that begin with the one before and are 256 tokens longer, a row each. 1x8192/3: three prompts, one after
+the other, that begin with the same 8,192 tokens and go on with 256 of their own.
 """
 
 import http.client
 import json
 import multiprocessing
+import re
 import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,11 +73,37 @@ def ask_all(port: int, bodies: list[bytes]) -> tuple[float, float]:
     return max(first for first, _ in times), max(whole for _, whole in times)
 
 
-def sizes_of(case: str) -> tuple[int, int, int]:
-    """Prompts, tokens of each, and how often they are asked for again, longer."""
-    first, _, turns = case.partition("+")
-    n, _, length = first.partition("x")
-    return int(n), int(length), int(turns or 0)
+@dataclass(frozen=True)
+class Talk:
+    """`n` prompts at a time, `rounds` times: of `length` tokens and then longer, or alike in so many."""
+
+    n: int
+    length: int
+    rounds: int
+    alike: bool
+
+    @classmethod
+    def of(cls, case: str) -> "Talk":
+        n, length, sign, count = re.fullmatch(r"(\d+)x(\d+)(?:([+/])(\d+))?", case).groups()
+        return cls(int(n), int(length), int(count or 0) + (sign != "/"), sign == "/")
+
+    @property
+    def longest(self) -> int:
+        return self.length + MORE * (1 if self.alike else self.rounds - 1)
+
+    def prompts(self) -> list[list[list[int]]]:
+        """Those of each round."""
+
+        def noise(length: int) -> list[list[int]]:
+            return torch.randint(0, 20_000, (self.n, length)).tolist()
+
+        whole = noise(self.longest)
+        if not self.alike:
+            return [[prompt[: self.length + i * MORE] for prompt in whole] for i in range(self.rounds)]
+        return [
+            [prompt[: self.length] + own for prompt, own in zip(whole, noise(MORE), strict=True)]
+            for _ in range(self.rounds)
+        ]
 
 
 class Pretender:
@@ -139,8 +168,8 @@ def full_shape(slots: int, prefixes: int, context: int, layers: int, recipe: str
 def main(
     cases: str, new: int, slots: int, prefixes: int, runs: int, layers: int, recipe: str, pretend: bool
 ) -> None:  # fmt: skip
-    sizes = [sizes_of(case) for case in cases.split(",")]
-    context = -(-(max(length + turns * MORE for _, length, turns in sizes) + new) // PAGE_SIZE) * PAGE_SIZE
+    talks = [Talk.of(case) for case in cases.split(",")]
+    context = -(-(max(talk.longest for talk in talks) + new) // PAGE_SIZE) * PAGE_SIZE
     engine = Pretender() if pretend else full_shape(slots, prefixes, context, layers, recipe)
     worker = Worker(engine, on_failure=print)
     server = uvicorn.Server(uvicorn.Config(make_app(engine, worker, "noise"), port=0, log_level="warning"))
@@ -151,18 +180,16 @@ def main(
     print(f"{new} new tokens each, over HTTP")
     print(f"{'prompts':>11} {'first, ms':>10} {'all, s':>8} {'answer t/s':>11}")
     with multiprocessing.get_context("spawn").Pool(1) as clients:
-        for n, length, turns in sizes:
-            rows = {}
+        for talk in talks:
             for _ in range(runs):
-                prompts = torch.randint(0, 20_000, (n, length + turns * MORE)).tolist()
-                for turn in range(turns + 1):
+                rows = []
+                for prompts in talk.prompts():
                     asked = {"max_tokens": new, "ignore_eos": True, "stream": True, "temperature": 0}
-                    now = [prompt[: length + turn * MORE] for prompt in prompts]
-                    bodies = [json.dumps(asked | {"prompt": prompt}).encode() for prompt in now]
-                    rows[turn] = clients.apply(ask_all, (port, bodies))
-            for turn, (first, whole) in rows.items():
-                prompt = length + turn * MORE
-                print(f"{n:>4} x {prompt:<6} {first * 1e3:>8.1f} {whole:>8.3f} {n * new / whole:>11,.0f}", flush=True)
+                    bodies = [json.dumps(asked | {"prompt": prompt}).encode() for prompt in prompts]
+                    rows.append((len(prompts[0]), *clients.apply(ask_all, (port, bodies))))
+            for length, first, whole in rows:
+                speed = talk.n * new / whole
+                print(f"{talk.n:>4} x {length:<6} {first * 1e3:>8.1f} {whole:>8.3f} {speed:>11,.0f}", flush=True)
     worker.stop()
     worker.join()
     server.should_exit = True

@@ -74,7 +74,9 @@ class Loop:
         for chunk in chunks:
             job = self.jobs[chunk.sequence]
             if not job.bound:
-                slot, pages = chunk.sequence.slot, chunk.sequence.pages
+                slot, pages, source = chunk.sequence.slot, chunk.sequence.pages, chunk.sequence.source
+                if source:
+                    self.runner.copy(source.slot, slot, source.pages)
                 self.runner.bind(slot, pages, job.params, job.tokens, fresh=chunk.start == 0)
                 job.bound = True
         for known in (False, True):
@@ -86,9 +88,9 @@ class Loop:
             if done := [self.jobs[chunk.sequence] for chunk in some if chunk.last]:
                 chosen = self.runner.first_tokens(h_SC, spans[: len(done)], mode_of([job.params for job in done]))
                 self._launched.append((done, Reply.begin(chosen, len(done))))
-            for job in done:
-                if job.scheduled.copy is not None:
-                    self.runner.copy(job.scheduled.slot, job.scheduled.copy)
+            for chunk in some:
+                if chunk.left:
+                    self.runner.copy(chunk.sequence.slot, chunk.left.slot)
 
     def _span(self, chunk: Chunk) -> Span:
         tokens = self.jobs[chunk.sequence].tokens[chunk.start : chunk.stop]

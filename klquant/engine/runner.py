@@ -85,10 +85,11 @@ class Runner:
         self.sampling.set(slot, params, tokens)
 
     @torch.no_grad()
-    def copy(self, source: int, target: int) -> None:
-        """Let slot `target` remember of a prompt that was read what `source` does; latents excepted."""
+    def copy(self, source: int, target: int, pages: tuple[int, int] | None = None) -> None:
+        """Let slot `target` remember of a prompt that was read what `source` does, but for latents: of these the first
+        page is copied to the second."""
         for stage in self.stages:
-            stage.state.copy(source, target)
+            stage.state.copy(source, target, pages)
         self.ends_NC[target] = self.ends_NC[source]
 
     @torch.no_grad()

@@ -5,12 +5,14 @@ that has its prompt behind it. Sequences are admitted first come, first served, 
 ever need when it is admitted: nothing is ever preempted, and decoding cannot run out of memory. The price is that pages
 for tokens that are never generated stay idle while their sequence runs.
 
-What a prompt left behind can outlive its answer as a prefix: a longer prompt that begins with it computes only the
-rest. A recurrent state cannot be taken back, so it is copied to another slot before the answer changes it. Prefixes
-have slots of their own, and pages that nobody else wants: they make room, the least recently used first.
+What a prompt left behind can outlive its answer as a prefix, for prompts that begin with it: they compute only the
+rest. A recurrent state cannot be taken back, so a prefix has a slot with a copy of it, made before anything changes it,
+and whoever goes on from there copies it again. Pages of latents are shared; only the one that a prefix ends within has
+to be copied. A prompt leaves a prefix where it ends, and where it parts from another that began alike. Prefixes hold
+slots of their own and pages that nobody else wants: they make room, the least recently used first.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -18,50 +20,43 @@ from klquant.errors import UserError
 
 
 class Pool:
-    """Numbers 0 … count − 1, each held by at most one owner."""
+    """Numbers 0 … count − 1, each held by those who took or share it."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._free = list(range(count - 1, -1, -1))
+        self._owners = [0] * count
 
     @property
     def free(self) -> int:
         return len(self._free)
 
+    def owners(self, number: int) -> int:
+        return self._owners[number]
+
     def take(self, count: int) -> list[int]:
         assert count <= self.free, "more than are free"
-        return [self._free.pop() for _ in range(count)]
+        taken = [self._free.pop() for _ in range(count)]
+        self.share(taken)
+        return taken
+
+    def share(self, numbers: Iterable[int]) -> None:
+        """Hold numbers that are held once more."""
+        for number in numbers:
+            self._owners[number] += 1
 
     def give(self, numbers: Iterable[int]) -> None:
-        self._free += numbers
-        assert len(self._free) <= self.count, "given back twice"
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A prompt and its answer, as numbers of tokens. A session's sequence comes back with a longer `prompt`.
-
-    most: tokens whose state may have to be held. computed: tokens whose state is held once what was scheduled has run.
-    keep: slot and pages stay with the sequence when it finishes. tokens: the prompt's, perhaps with others behind, if
-    it may go on from a prefix and leave one. reused: tokens of the prefix that it went on from. copy: the slot that
-    gets the state behind the prompt, from when the prompt's last chunk is scheduled. checked: its first token was one.
-    """
-
-    prompt: int
-    most: int
-    keep: bool = False
-    tokens: list[int] | None = None
-    computed: int = 0
-    reused: int = 0
-    slot: int | None = None
-    copy: int | None = None
-    checked: bool = False
-    pages: list[int] = field(default_factory=list)
+        """Hold them no longer; those that nobody holds are free."""
+        for number in numbers:
+            assert self._owners[number], "given back twice"
+            self._owners[number] -= 1
+            if not self._owners[number]:
+                self._free.append(number)
 
 
 @dataclass(eq=False)
 class Prefix:
-    """What a prompt left: the slot whose state has seen its tokens and no others, and pages with their latents.
+    """What a prompt left: the slot whose state has seen its tokens and no others, and the pages with their latents.
 
     whole: the slot knows the stream behind them as well, from which a first token is chosen.
     """
@@ -73,13 +68,47 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What to copy before a sequence goes on from a prefix: the state of a slot, and a page to a page of its own."""
+
+    slot: int
+    pages: tuple[int, int] | None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and its answer, as numbers of tokens. A session's sequence comes back with a longer `prompt`.
+
+    most: tokens whose state may have to be held. computed: tokens whose state is held once what was scheduled has run.
+    keep: slot and pages stay with the sequence when it finishes. tokens: the prompt's, perhaps with others behind, if
+    it may go on from a prefix and leave some. reused: tokens of the prefix that it went on from, which is `origin`.
+    branch: where it parts from another, or 0. left: its prefixes. checked: its first token was one.
+    """
+
+    prompt: int
+    most: int
+    keep: bool = False
+    tokens: list[int] | None = None
+    computed: int = 0
+    reused: int = 0
+    origin: Prefix | None = None
+    source: Source | None = None
+    branch: int = 0
+    left: list[Prefix] = field(default_factory=list)
+    checked: bool = False
+    slot: int | None = None
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Positions [start, stop) of a sequence's prompt, none of one that is a prefix. `last`: its first token can be
-    sampled after them."""
+    sampled after them. `left`: what the state behind them is to be copied to the slot of."""
 
     sequence: Sequence
     start: int
     stop: int
+    left: Prefix | None = None
 
     @property
     def last(self) -> bool:
@@ -97,7 +126,7 @@ class Step:
 class Scheduler:
     """Holds every sequence from `add` to `finish`, `slots` at a time. `chunk`: most positions prefilled in a step.
 
-    prefixes: how many are kept, of prompts of at least `least` tokens. Slots are numbered from 0 to slots + prefixes.
+    prefixes: how many are kept, each of at least `least` tokens. Slots are numbered from 0 to slots + prefixes.
     """
 
     def __init__(
@@ -110,7 +139,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.prefixes: list[Prefix] = []  # the least recently used first
         self._most_held, self._held = slots, 0
-        self._most_prefixes, self._copies, self._least = prefixes, 0, least
+        self._most_prefixes, self._least = prefixes, least
+        self._made: list[Prefix] = []  # by the step that is being scheduled, and usable from the next on
 
     def check(self, sequence: Sequence) -> None:
         """Raises UserError when it could not run even alone."""
@@ -135,32 +165,35 @@ class Scheduler:
             sequence.computed += 1
         chunks, room = [], self.chunk
         while room and (sequence := self._next_to_prefill()):
-            start, stop = sequence.computed, min(sequence.computed + room, sequence.prompt)
-            chunks.append(Chunk(sequence, start, stop))
-            sequence.computed, room = stop, room - (stop - start)
-            if chunks[-1].last:
+            chunk = self._chunk(sequence, room)
+            chunks.append(chunk)
+            sequence.computed, room = chunk.stop, room - (chunk.stop - chunk.start)
+            if chunk.last:
                 self.prefilling = None
                 self.running.append(sequence)
-                self._begin_copy(sequence)
+            else:
+                break  # it goes on in the next step, perhaps because the state behind the chunk is copied first
+        self.prefixes += self._made
+        self._made = []
         return Step(tuple(chunks), decode) if chunks or decode else None
 
     def finish(self, sequence: Sequence, sound: bool = True) -> None:
         """Take it out, wherever it is; its slot and pages are free again unless it keeps them.
 
-        What its prompt left becomes a prefix, or as much of it as was read, unless what it computed is not `sound`.
+        Its prefixes stay, and as much of a prompt as was read becomes one, unless what it computed is not `sound`.
         """
         if sequence is self.prefilling:
             self.prefilling = None
-            if sound and self._worth_keeping(sequence, sequence.computed) and self._room_for_a_prefix():
-                slot, sequence.slot = sequence.slot, None
-                self._held -= 1
-                self._keep(sequence, sequence.computed, slot, whole=False)
+            if sound:
+                self._keep_what_was_read(sequence)
         elif sequence in self.running:
             self.running.remove(sequence)
+            sound = sound and sequence.checked
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        if sequence.copy is not None:
-            self._end_copy(sequence, sound)
+        if not sound:
+            for prefix in [prefix for prefix in sequence.left if prefix in self.prefixes]:
+                self.forget(prefix)
         if not sequence.keep:
             self.release(sequence)
 
@@ -182,13 +215,22 @@ class Scheduler:
         """What is missing for it to run now, in words; None when nothing is, or prefixes can make room."""
         if sequence.slot is None and self._held == self._most_held:
             return f"all {self._most_held} slots are taken"
-        pages = self._pages_for(sequence.most) - len(sequence.pages)
-        pages -= self.pages.free + sum(len(prefix.pages) for prefix in self.prefixes)
+        pages = self._pages_for(sequence.most) - len(sequence.pages) - self.pages.free
+        if pages > 0 and self.prefixes:
+            origin = self._origin_of(sequence)
+            shared = set(self._shared(origin)) if origin else set()
+            holders = Counter(page for prefix in self.prefixes for page in prefix.pages)
+            idle = {page for page, count in holders.items() if count == self.pages.owners(page)}
+            pages -= len(shared) + len(idle - shared)
         return f"{pages} cache pages of {self.page_tokens} tokens are missing" if pages > 0 else None
 
     def _next_to_prefill(self) -> Sequence | None:
         """Whose prompt has begun, or else the first in the queue if it can run now."""
-        if self.prefilling is None and self.waiting and self.shortage(self.waiting[0]) is None:
+        if self.prefilling or not self.waiting:
+            return self.prefilling
+        first = self.waiting[0]
+        # What this step reads for another it need not read as well.
+        if self.shortage(first) is None and not any(_begins(first, prefix) for prefix in self._made):
             self.prefilling = self.waiting.popleft()
             self._admit(self.prefilling)
         return self.prefilling
@@ -196,65 +238,105 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> None:
         if sequence.slot is None:
             self._held += 1
-            if prefix := self._prefix_of(sequence):
-                # Its slot and pages are the sequence's now.
-                self.prefixes.remove(prefix)
-                sequence.slot, sequence.pages = prefix.slot, prefix.pages
-                sequence.computed = sequence.reused = len(prefix.tokens)
-            else:
-                (sequence.slot,) = self.slots.take(1)
+            (sequence.slot,) = self.slots.take(1)
+            if origin := self._origin_of(sequence):
+                sequence.pages = self._shared(origin)
+                self.pages.share(sequence.pages)
+                sequence.origin, sequence.computed = origin, len(origin.tokens)
+                sequence.reused = sequence.computed
+                self.prefixes.remove(origin)
+                self.prefixes.append(origin)
+            sequence.branch = self._branch_of(sequence)
         more = max(self._pages_for(sequence.most) - len(sequence.pages), 0)
         while more > self.pages.free:
             self.forget(self.prefixes[0])
+        whole = len(sequence.pages)
         sequence.pages = sequence.pages + self.pages.take(more)
+        if origin := sequence.origin:
+            # Even if it has just been forgotten: copies are made before anything else is.
+            ends_within = len(origin.pages) > whole
+            sequence.source = Source(origin.slot, (origin.pages[-1], sequence.pages[whole]) if ends_within else None)
 
-    def _prefix_of(self, sequence: Sequence) -> Prefix | None:
-        """The longest that the prompt begins with; it may be all of it."""
-        if sequence.tokens is None:
-            return None
-        found = [
-            prefix for prefix in self.prefixes
-            if (n := len(prefix.tokens)) <= sequence.prompt - (not prefix.whole)
-            and sequence.tokens[:n] == prefix.tokens
-        ]  # fmt: skip
-        return max(found, key=lambda prefix: len(prefix.tokens), default=None)
+    def _chunk(self, sequence: Sequence, room: int) -> Chunk:
+        """The next of its prompt, and what it leaves."""
+        start, stop = sequence.computed, min(sequence.computed + room, sequence.prompt)
+        if start < sequence.branch:
+            stop = min(stop, sequence.branch)
+        left, whole = None, stop == sequence.prompt
+        if (whole or stop == sequence.branch) and self._worth_keeping(sequence, stop):
+            if whole and sequence.origin in self.prefixes and sequence.origin.whole:
+                # The next turn goes on from here: to go back one is rarer than another conversation.
+                self.prefixes.remove(sequence.origin)
+                self.prefixes.insert(0, sequence.origin)
+            if self._prefix_slot():
+                left = self._leave(sequence, stop, self.slots.take(1)[0], whole)
+                self._made.append(left)
+        return Chunk(sequence, start, stop, left)
 
-    def _worth_keeping(self, sequence: Sequence, count: int) -> bool:
-        """Whether a prompt's first tokens are, and nobody keeps, or is about to keep, the same."""
-        if sequence.tokens is None or count < max(self._least, 1):
-            return False
-        tokens = sequence.tokens[:count]
-        about = [q.tokens[: q.prompt] for q in self.running if q.copy is not None and q.prompt == count]
-        return tokens not in about and all(prefix.tokens != tokens for prefix in self.prefixes)
+    def _leave(self, sequence: Sequence, count: int, slot: int, whole: bool) -> Prefix:
+        """A prefix of its first `count` tokens."""
+        pages = sequence.pages[: self._pages_for(count)]
+        self.pages.share(pages)
+        sequence.left.append(Prefix(sequence.tokens[:count], slot, pages, whole))
+        return sequence.left[-1]
 
-    def _room_for_a_prefix(self) -> bool:
-        """Whether there may be one more, once the least recently used has gone."""
-        if self._copies + len(self.prefixes) == self._most_prefixes:
+    def _keep_what_was_read(self, sequence: Sequence) -> None:
+        """Make a prefix of a prompt that is given up, with its slot."""
+        if self._worth_keeping(sequence, sequence.computed) and self._prefix_slot():
+            self.prefixes.append(self._leave(sequence, sequence.computed, sequence.slot, whole=False))
+            sequence.slot = None
+            self._held -= 1
+
+    def _prefix_slot(self) -> bool:
+        """Whether there may be one prefix more, once the least recently used has gone."""
+        if len(self.prefixes) + len(self._made) == self._most_prefixes:
             if not self.prefixes:
                 return False
             self.forget(self.prefixes[0])
         return True
 
-    def _begin_copy(self, sequence: Sequence) -> None:
-        """Find a slot for the state behind the prompt, if it is worth one."""
-        if self._most_prefixes and self._worth_keeping(sequence, sequence.prompt) and self._room_for_a_prefix():
-            (sequence.copy,) = self.slots.take(1)
-            self._copies += 1
+    def _worth_keeping(self, sequence: Sequence, count: int) -> bool:
+        """Whether a prompt's first tokens are, and nobody keeps the same."""
+        if not self._most_prefixes or sequence.tokens is None or count < max(self._least, 1):
+            return False
+        kept = [prefix.tokens for prefix in (*self.prefixes, *self._made) if len(prefix.tokens) == count]
+        return sequence.tokens[:count] not in kept
 
-    def _end_copy(self, sequence: Sequence, sound: bool) -> None:
-        """Make a prefix of the copied state, if nothing is wrong with it."""
-        slot, sequence.copy = sequence.copy, None
-        self._copies -= 1
-        if sound and sequence.checked:
-            self._keep(sequence, sequence.prompt, slot, whole=True)
-        else:
-            self.slots.give([slot])
+    def _origin_of(self, sequence: Sequence) -> Prefix | None:
+        """The longest prefix that the prompt begins with; it may be all of it."""
+        found = [prefix for prefix in self.prefixes if _begins(sequence, prefix)]
+        return max(found, key=lambda prefix: len(prefix.tokens), default=None)
 
-    def _keep(self, sequence: Sequence, count: int, slot: int, whole: bool) -> None:
-        """Make a prefix of the sequence's first tokens, with its pages for them."""
-        own = self._pages_for(count)
-        self.prefixes.append(Prefix(sequence.tokens[:count], slot, sequence.pages[:own], whole))
-        sequence.pages = sequence.pages[own:]
+    def _branch_of(self, sequence: Sequence) -> int:
+        """Where the prompt parts from another that is known, at the end of a page; 0 where that is not worth a prefix:
+        others may part there as well."""
+        if not self._most_prefixes or sequence.tokens is None:
+            return 0
+        known = [prefix.tokens for prefix in self.prefixes]
+        known += [other.tokens[: other.prompt] for other in self.running if other.tokens is not None]
+        alike = max((_alike(sequence.tokens[: sequence.prompt - 1], tokens) for tokens in known), default=0)
+        branch = alike // self.page_tokens * self.page_tokens
+        return branch if branch >= sequence.reused + max(self._least, 1) else 0
+
+    def _shared(self, prefix: Prefix) -> list[int]:
+        """The pages that whoever goes on from it does not write to."""
+        return prefix.pages[: len(prefix.tokens) // self.page_tokens]
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
+
+
+def _begins(sequence: Sequence, prefix: Prefix) -> bool:
+    """Whether the prompt begins with the prefix and can go on from it."""
+    count = len(prefix.tokens)
+    fits = sequence.tokens is not None and count <= sequence.prompt - (not prefix.whole)
+    return fits and sequence.tokens[:count] == prefix.tokens
+
+
+def _alike(a: list[int], b: list[int]) -> int:
+    """How many tokens both begin with."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

@@ -73,9 +73,11 @@ class DeviceState:
             state.conv[slot] = 0
             state.s[slot] = 0
 
-    def copy(self, source: int, target: int) -> None:
-        """Let KDA state and length of slot `target` be those of `source`."""
+    def copy(self, source: int, target: int, pages: tuple[int, int] | None) -> None:
+        """Let KDA state and length of slot `target` be those of `source`, and the second page the first."""
         self.length[target] = self.length[source]
+        for latent in self.latent.values() if pages else ():
+            latent.copy(*pages)
         for state in self.kda.values():
             state.conv[target] = state.conv[source]
             state.s[target] = state.s[source]

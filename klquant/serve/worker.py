@@ -46,11 +46,11 @@ class Request:
 
     @property
     def reused(self) -> int:
-        """Tokens of its prompts whose state was there already, whichever answer began with it; known at the end."""
-        most: dict[int, int] = {}
+        """Tokens of its prompts that no answer had to compute; known at the end."""
+        least: dict[int, int] = {}
         for (ids, _), job in zip(self.orders, self.jobs, strict=True):
-            most[id(ids)] = max(most.get(id(ids), 0), job.scheduled.reused)
-        return sum(most.values())
+            least[id(ids)] = min(least.get(id(ids), len(ids)), job.scheduled.reused)
+        return sum(least.values())
 
     def tell(self, event: list[Said] | Exception | None) -> None:
         """Called by the worker's thread. None: the engine has taken the request."""

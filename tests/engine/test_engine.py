@@ -405,7 +405,7 @@ def test_a_prompt_that_begins_with_an_earlier_one_computes_the_rest(loaded, ahea
     assert reused == [0, 70, 70, 102, 102, 134]
 
 
-def test_two_that_begin_alike_do_not_share_a_state(loaded):
+def test_two_that_begin_alike_share_what_they_begin_with_and_nothing_more(loaded):
     engine = make(loaded, prefixes=3)
     first = random_ids(40)
     engine.generate([first], GREEDY)
@@ -413,8 +413,25 @@ def test_two_that_begin_alike_do_not_share_a_state(loaded):
     jobs = [engine.submit(ids, GREEDY) for ids in both]
     for job in jobs:
         list(engine.follow(job))
-    assert [job.scheduled.reused for job in jobs] == [40, 0]
+    assert [job.scheduled.reused for job in jobs] == [40, 40]
     assert [job.answer().tokens for job in jobs] == [make(loaded).generate([ids], GREEDY)[0].tokens for ids in both]
+
+
+@pytest.mark.parametrize("cache_bits", [16, 8])
+def test_prompts_that_begin_alike_are_read_once_up_to_there(loaded, cache_bits):
+    """Such as those with the same instructions: the second finds where they part, the third goes on from there."""
+    changes = {"cache_bits": cache_bits, "cache_tokens": 1024}
+    engine, system, reused = make(loaded, prefixes=4, **changes), random_ids(150), []
+    for n in range(4):
+        ids = [*system, *random_ids(10 + n, seed=n)]
+        job = engine.submit(ids, GREEDY)
+        list(engine.follow(job))
+        assert job.answer().tokens == make(loaded, **changes).generate([ids], GREEDY)[0].tokens
+        reused.append(job.scheduled.reused)
+    assert reused == [0, 0, 128, 128]
+    again = engine.generate([ids] * 3, [replace(DRAWN, seed=seed) for seed in (1, 2, 3)])
+    want = make(loaded, **changes).generate([ids] * 3, [replace(DRAWN, seed=seed) for seed in (1, 2, 3)])
+    assert [a.tokens for a in again] == [a.tokens for a in want]
 
 
 def test_an_answer_that_was_cut_short_leaves_its_prompt(loaded):

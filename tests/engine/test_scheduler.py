@@ -1,10 +1,12 @@
 """The scheduler on its own: nothing is held twice, first come is first served, everything finishes."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klquant.engine.scheduler import Pool, Scheduler, Sequence
+from klquant.engine.scheduler import Pool, Scheduler, Sequence, Step
 from klquant.errors import UserError
 
 PAGE = 4
@@ -140,20 +142,64 @@ def test_nothing_is_given_back_twice():
         pool.give(taken)
 
 
-turns = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 10)), min_size=1, max_size=14)
+turns = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(1, 10)), min_size=1, max_size=14)
 
 
-@given(turns, st.integers(1, 3), st.integers(16, 30), st.integers(0, 3), st.integers(1, 6), st.randoms())
+class Memory:
+    """What slots and pages hold when steps are run as the engine runs them."""
+
+    def __init__(self) -> None:
+        self.seen, self.ends, self.latents, self.bound = {}, {}, {}, set()
+
+    def run(self, step: Step) -> None:
+        for q in step.decode:
+            self.seen[q.slot] = None
+            self.latents[q.pages[(q.computed - 1) // PAGE], (q.computed - 1) % PAGE] = "an answer"
+        assert len({c.sequence.slot for c in step.prefill}) == len(step.prefill)
+        for c in step.prefill:
+            if c.sequence not in self.bound:
+                self._bind(c.sequence, c.start)
+        for c in step.prefill:
+            q = c.sequence
+            assert self.seen[q.slot] == q.tokens[: c.start] == self.held(q.pages, c.start), "another's state"
+            for i in range(c.start, c.stop):
+                self.latents[q.pages[i // PAGE], i % PAGE] = q.tokens[i]
+            self.seen[q.slot] = q.tokens[: c.stop]
+            if c.start < c.stop:
+                self.ends[q.slot] = self.seen[q.slot]
+            assert not c.last or self.ends[q.slot] == q.tokens[: q.prompt], "it is not known what comes next"
+        for c in step.prefill:
+            if c.left:
+                self._copy(c.sequence.slot, c.left.slot)
+
+    def held(self, pages: list[int], count: int) -> list:
+        return [self.latents[pages[i // PAGE], i % PAGE] for i in range(count)]
+
+    def _bind(self, q: Sequence, start: int) -> None:
+        self.bound.add(q)
+        if q.source:
+            self._copy(q.source.slot, q.slot)
+            for i in range(PAGE) if q.source.pages else ():
+                self.latents[q.source.pages[1], i] = self.latents.get((q.source.pages[0], i))
+        elif start == 0:
+            self.seen[q.slot] = []
+
+    def _copy(self, source: int, target: int) -> None:
+        self.seen[target], self.ends[target] = self.seen[source], self.ends.get(source)
+
+
+@given(turns, st.integers(1, 3), st.integers(16, 30), st.integers(0, 4), st.integers(1, 6), st.randoms())
 def test_prefixes_serve_prompts_that_begin_with_them_and_stand_in_nobodys_way(
     talk, slots, pages, prefixes, least, random
 ):
-    """Four conversations, whose prompts grow: what one left is what the next goes on from, and no other state is."""
+    """Four conversations that begin alike, and grow, and are begun again in the middle: nobody goes on from a state
+    that has not seen just its own tokens, and nothing is held without an owner or by too many."""
     s = Scheduler(slots=slots, pages=pages, page_tokens=PAGE, chunk=5, prefixes=prefixes, least=least)
-    said, left = {}, []
-    seen, ends = {}, {}  # of slots: what their state has seen, and behind what the stream is known
+    said, left, memory = {}, [], Memory()
     for who, more, new in talk:
-        tokens = [*said.get(who, [who]), *(random.randrange(9) for _ in range(more))]
-        said[who] = tokens if len(tokens) + new < 40 else [who]
+        before = said.get(who, [7, 7, 7, 7, 7, 7, who])
+        before = before[: random.randint(1, len(before))] if random.random() < 0.3 else before
+        said[who] = tokens = [*before, *(random.randrange(9) for _ in range(more))][:50]
         left.append(Sequence(len(tokens), len(tokens) + new - 1, tokens=tokens))
     added = []
     while left or added:
@@ -162,29 +208,18 @@ def test_prefixes_serve_prompts_that_begin_with_them_and_stand_in_nobodys_way(
             s.add(added[-1])
         step = s.schedule()
         assert step is not None, "somebody waits and nobody runs"
-        for q in step.decode:
-            seen[q.slot] = None
-        for c in step.prefill:
-            q = c.sequence
-            state = [] if c.start == 0 else seen[q.slot]
-            assert state == q.tokens[: c.start], "it goes on from another's state"
-            seen[q.slot] = q.tokens[: c.stop]
-            assert q.reused == 0 or least <= q.reused <= q.prompt
-            assert c.start < c.stop or ends.get(q.slot) == q.tokens[: q.prompt], "it is not known what comes next"
-            if c.last:
-                ends[q.slot] = q.tokens[: q.prompt]
-            if q.copy is not None:
-                seen[q.copy], ends[q.copy] = seen[q.slot], ends[q.slot]
+        memory.run(step)
         for prefix in s.prefixes:
-            assert seen[prefix.slot] == prefix.tokens and len(prefix.pages) == -(-len(prefix.tokens) // PAGE)
-        held = [x for q in added for x in q.pages] + [x for p in s.prefixes for x in p.pages]
-        taken = [q.slot for q in added if q.slot is not None] + [q.copy for q in added if q.copy is not None]
-        taken += [p.slot for p in s.prefixes]
-        assert len(set(held)) == len(held) == pages - s.pages.free
-        assert len(set(taken)) == len(taken) == slots + prefixes - s.slots.free
-        assert sum(q.slot is not None for q in added) <= slots
+            count = len(prefix.tokens)
+            assert memory.seen[prefix.slot] == prefix.tokens == memory.held(prefix.pages, count) and count >= least
+            assert len(prefix.pages) == -(-count // PAGE)
         kept = [prefix.tokens for prefix in s.prefixes]
         assert all(kept.count(tokens) == 1 for tokens in kept), "one twice"
+        holders = Counter(page for x in (*added, *s.prefixes) for page in x.pages)
+        assert all(s.pages.owners(page) == holders[page] for page in range(pages))
+        taken = [q.slot for q in added if q.slot is not None] + [p.slot for p in s.prefixes]
+        assert len(set(taken)) == len(taken) == slots + prefixes - s.slots.free
+        assert sum(q.slot is not None for q in added) <= slots and len(s.prefixes) <= prefixes
         for q in [*s.running, *([s.prefilling] if s.prefilling else [])]:
             q.checked = q in s.running and random.random() < 0.95
             if q.computed == q.most or random.random() < 0.1:
@@ -224,17 +259,31 @@ def test_prefixes_make_room_for_whoever_waits():
     assert run_alone(s, [9] * 16) == 0 and [len(prefix.tokens) for prefix in s.prefixes] == [16]
 
 
-def test_equal_prompts_leave_one_prefix():
+def test_equal_prompts_are_read_once_and_leave_one_prefix():
     s = Scheduler(slots=3, pages=20, page_tokens=PAGE, chunk=50, prefixes=2)
     run_alone(s, [1] * 8)
-    both = [Sequence(8, 9, tokens=[2] * 8, checked=True) for _ in range(2)]
+    both = [Sequence(10, 11, tokens=[2] * 10, checked=True) for _ in range(2)]
     for q in both:
         s.add(q)
-    s.schedule()
-    assert [q.copy is None for q in both] == [False, True]
+    first, second = s.schedule(), s.schedule()
+    assert [(c.sequence, c.start, c.stop) for c in first.prefill] == [(both[0], 0, 10)]
+    assert [(c.sequence, c.start, c.stop) for c in second.prefill] == [(both[1], 10, 10)]
+    assert both[0].pages[:2] == both[1].pages[:2] and both[0].pages[2] != both[1].pages[2]
     for q in both:
         s.finish(q)
-    assert [prefix.tokens for prefix in s.prefixes] == [[1] * 8, [2] * 8]
+    assert [prefix.tokens for prefix in s.prefixes] == [[1] * 8, [2] * 10]
+
+
+def test_prompts_that_begin_alike_leave_a_prefix_where_they_part():
+    """At the end of a page; the third goes on from there, and a prefix that many use is not pushed out by a chat."""
+    s = Scheduler(slots=1, pages=60, page_tokens=PAGE, chunk=50, prefixes=3, least=4)
+    system = list(range(10, 20))
+    assert [run_alone(s, [*system, n, *[n] * 9]) for n in range(4)] == [0, 0, 8, 8]
+    chat = [*system, 4, 4]
+    for _ in range(5):
+        run_alone(s, chat)
+        chat += [5] * 6
+    assert run_alone(s, [*system, 6, 6]) == 8
 
 
 def test_what_was_read_of_a_prompt_that_is_given_up_stays():

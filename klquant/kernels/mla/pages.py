@@ -30,6 +30,12 @@ class LatentPages:
         data = torch.empty(pages, PAGE_SIZE, latent_dim, dtype=dtype, device=device)
         return cls(data, torch.empty(pages, PAGE_SIZE, device=device) if dtype in CODE_MAX else None)
 
+    def copy(self, source: int, target: int) -> None:
+        """Let page `target` hold what `source` does."""
+        for tensor in (self.data.view(torch.uint8), self.scale):
+            if tensor is not None:
+                tensor[target] = tensor[source]
+
     @property
     def format(self) -> str:
         """As the kernels name it: fp8, int8 or plain."""
