@@ -28,8 +28,8 @@ def warm_up(engine: Engine) -> None:
     for length in sorted({n for n in (*GRAPHED, *doubled(GRAPHED[-1], longest)) if n <= longest} | {longest}):
         for _ in range(engine.runner.runs_before_its_best(length)):
             ask(length)
-        if limits.max_batch > 1 and length > 1:
-            ask(length // 2, length - length // 2)
+        if limits.max_batch > 1 and length > 2:
+            ask(length // 2, (length - 1) // 2)
     if longest < most:
         ask(min(longest + GRAPHED[0], most))  # more than a chunk
     if limits.prefixes and (first := engine.runner.least_prefix) < most:

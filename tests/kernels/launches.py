@@ -48,6 +48,7 @@ def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
         warps, registers = options.pop("num_warps", 4), options.pop("maxnreg", None)
         stages = options.pop("num_stages", 3)
         fixed = {p.name for p in kernel.params if p.is_constexpr}
+        unaligned = {p.name for p in kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
         values = dict(zip(kernel.arg_names, args, strict=False)) | options
         signature, constants, divisible = {}, {}, []
         for name in kernel.arg_names:
@@ -57,7 +58,7 @@ def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
                 divisible.append(name)
             elif isinstance(value, int) and name not in fixed and value != 1:
                 signature[name] = "i32"
-                if value % 16 == 0:
+                if value % 16 == 0 and name not in unaligned:
                     divisible.append(name)
             elif isinstance(value, float):
                 signature[name] = "fp32"

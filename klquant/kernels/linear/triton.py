@@ -46,7 +46,8 @@ def plain_tile(
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=tokens[None, :] & (n < rows))
 
 
-@triton.jit
+# Whether their number is a multiple of 16 helps nothing here, and would be one more kernel to build.
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
 def linear_kernel(
     x, x_stride, words, high, scale, zero, y, y_stride, part_stride, tokens, rows, bricks, groups,
     beside, beside_y, beside_rows, beside_width, beside_tiles,

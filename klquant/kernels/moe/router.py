@@ -87,7 +87,8 @@ def choose(
     tl.store(expert + at, chosen, mask=exists & (r < top))
 
 
-@triton.jit
+# Whether their number is a multiple of 16 helps nothing here, and would be one more kernel to build.
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
 def choose_kernel(
     logits, bias, weight, expert, tokens, experts, top, scale,
     RENORMALIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BT: tl.constexpr,
@@ -122,7 +123,7 @@ def finish(
         choose(logits, parts, weight, expert, chooses, last, experts, top, scale, RENORMALIZE, PARTS, BLOCK_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
 def router_kernel(
     x, x_stride, norm, router, bias, logits, weight, expert, turn, tokens, experts, width, eps, top, scale,
     BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNKS: tl.constexpr, EACH: tl.constexpr,

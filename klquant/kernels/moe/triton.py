@@ -21,7 +21,8 @@ from klquant.kernels.moe.tiles import UNSORTED_TOKENS
 from klquant.kernels.norm.parts import WIDE_TOKENS, Parts
 
 
-@triton.jit
+# Whether their number is a multiple of 16 helps nothing here, and would be one more kernel to build.
+@triton.jit(do_not_specialize_on_alignment=["tokens", "shared_tiles"])
 def grouped_kernel(
     x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride, y, rows,
     top,
@@ -44,7 +45,7 @@ def grouped_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
 def joined_kernel(
     x, x_stride, order, tiles, weight, h, y, inner, rows, top, made,
     words, high, scale, zero, bricks, groups, words_stride, scale_stride,
