@@ -18,8 +18,8 @@ class Limits:
     max_context: tokens of one prompt and its answer (None: DEFAULT_CONTEXT, or the model's limit if that is less).
     max_batch: sequences at a time; each has a slot of KDA state. cache_tokens: tokens in the latent cache, over all
     sequences (None: max_context). cache_bits: 16, or 8 for INT8. chunk: positions of prompts that run at once, between
-    two steps of the running answers. prefixes: prompts whose state stays when they are answered, for prompts that begin
-    with them: each has a slot as well, and a part of the latent cache as long as nobody else needs it.
+    two steps of the running answers. prefixes: beginnings of prompts whose state stays, for prompts that begin so as
+    well: each has a slot too, and a part of the latent cache as long as nobody else needs it.
     """
 
     max_context: int | None = None
