@@ -114,12 +114,19 @@ class Loop:
 
     def _fail(self, job: Job) -> None:
         """The model's logits were not numbers: say where it began. The sequence's state is worth nothing now."""
-        where = self.runner.find_bad_layer(job.tokens, job.scheduled.slot, self.scheduler.chunk)
-        blame = f"{where} is the first to make them" if where else "only the decode step makes them, not the prefill"
+        sequence = job.scheduled
+        if not self.scheduler.seclude(sequence):
+            blame = "there is no room to look for where they begin"
+        elif where := self.runner.find_bad_layer(job.tokens, sequence.slot, sequence.pages, self.scheduler.chunk):
+            blame = f"{where} is the first to make them"
+        elif sequence.reused:
+            blame = "they do not come again when all is read anew"
+        else:
+            blame = "only the decode step makes them, not the prefill"
         job.end("error", f"the model's logits are NaN or infinite after {len(job.tokens)} tokens: {blame}")
         self._retire(job, sound=False)
-        if job.scheduled.keep:
-            self.scheduler.release(job.scheduled)
+        if sequence.keep:
+            self.scheduler.release(sequence)
 
     def _abandon(self) -> None:
         self._launched = []

@@ -157,8 +157,9 @@ class Runner:
             self.next_token[row_B] = chosen.token.to(self.next_token.device)
         return chosen
 
-    def find_bad_layer(self, tokens: Sequence[int], slot: int, chunk: int) -> str | None:
-        """Run a slot's tokens again from the start and name what first makes values that are not numbers.
+    def find_bad_layer(self, tokens: Sequence[int], slot: int, pages: Sequence[int], chunk: int) -> str | None:
+        """Run a slot's tokens again from the start, on pages of its own, and name what first makes values that are not
+        numbers.
 
         None when nothing does, so that the decode step must have. What the slot remembers is lost.
         """
@@ -171,6 +172,7 @@ class Runner:
                 raise Found(f"model.layers.{layer}" if layer >= 0 else "model.embed_tokens")
 
         for stage in self.stages:
+            stage.state.bind(slot, pages)
             stage.state.clear(slot)
         try:
             for start in range(0, len(tokens), chunk):

@@ -192,8 +192,7 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         if not sound:
-            for prefix in [prefix for prefix in sequence.left if prefix in self.prefixes]:
-                self.forget(prefix)
+            self._distrust(sequence)
         if not sequence.keep:
             self.release(sequence)
 
@@ -207,9 +206,22 @@ class Scheduler:
 
     def forget(self, prefix: Prefix) -> None:
         """Free what it holds."""
-        self.prefixes.remove(prefix)
+        (self._made if prefix in self._made else self.prefixes).remove(prefix)
         self.slots.give([prefix.slot])
         self.pages.give(prefix.pages)
+
+    def seclude(self, sequence: Sequence) -> bool:
+        """Let it have its pages for itself, so that they can be written to again: its prefixes are forgotten, and pages
+        that others hold give way to free ones. False where there are too few."""
+        self._distrust(sequence)
+        shared = [i for i, page in enumerate(sequence.pages) if self.pages.owners(page) > 1]
+        if len(shared) > self.pages.free:
+            return False
+        own = self.pages.take(len(shared))
+        self.pages.give(sequence.pages[i] for i in shared)
+        for i, page in zip(shared, own, strict=True):
+            sequence.pages[i] = page
+        return True
 
     def shortage(self, sequence: Sequence) -> str | None:
         """What is missing for it to run now, in words; None when nothing is, or prefixes can make room."""
@@ -249,7 +261,7 @@ class Scheduler:
             sequence.branch = self._branch_of(sequence)
         more = max(self._pages_for(sequence.most) - len(sequence.pages), 0)
         while more > self.pages.free:
-            self.forget(self.prefixes[0])
+            self.forget(next((prefix for prefix in self.prefixes if self._frees(prefix)), self.prefixes[0]))
         whole = len(sequence.pages)
         sequence.pages = sequence.pages + self.pages.take(more)
         if origin := sequence.origin:
@@ -286,6 +298,16 @@ class Scheduler:
             self.prefixes.append(self._leave(sequence, sequence.computed, sequence.slot, whole=False))
             sequence.slot = None
             self._held -= 1
+
+    def _distrust(self, sequence: Sequence) -> None:
+        """Forget what it left, and what it went on from: what is wrong with it may have been wrong there."""
+        for prefix in (*sequence.left, sequence.origin):
+            if prefix in self.prefixes or prefix in self._made:
+                self.forget(prefix)
+
+    def _frees(self, prefix: Prefix) -> bool:
+        """Whether a page is free when it is forgotten: a sequence may hold them all."""
+        return any(self.pages.owners(page) == 1 for page in prefix.pages)
 
     def _prefix_slot(self) -> bool:
         """Whether there may be one prefix more, once the least recently used has gone."""

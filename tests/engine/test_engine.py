@@ -473,3 +473,49 @@ def test_what_failed_leaves_nothing(loaded, monkeypatch):
     scheduler = engine.loop.scheduler
     assert not scheduler.prefixes and scheduler.slots.free == scheduler.slots.count
     assert scheduler.pages.free == scheduler.pages.count
+
+
+def test_a_step_that_is_interrupted_while_it_is_planned_leaves_nothing(loaded, monkeypatch):
+    """What it was about to copy was not."""
+    engine, first = make(loaded, prefixes=2, chunk=100), random_ids(40)
+    with monkeypatch.context() as patch:
+        asked, branch_of = [], engine.loop.scheduler._branch_of
+
+        def interrupted(sequence):
+            asked.append(sequence)
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            return branch_of(sequence)
+
+        patch.setattr(engine.loop.scheduler, "_branch_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([first, random_ids(30, seed=9)], GREEDY)
+    scheduler = engine.loop.scheduler
+    assert scheduler.slots.free == scheduler.slots.count and scheduler.pages.free == scheduler.pages.count
+    engine.generate([random_ids(50, seed=3)], GREEDY)
+    job = engine.submit([*first, 5, 6], GREEDY)
+    list(engine.follow(job))
+    assert job.scheduled.reused == 0
+    assert job.answer().tokens == make(loaded).generate([[*first, 5, 6]], GREEDY)[0].tokens
+
+
+def test_a_bad_prefix_fails_once_and_neighbours_keep_their_latents(loaded):
+    engine, system = make(loaded, prefixes=4, cache_tokens=1024), random_ids(130)
+    for n in range(2):
+        engine.generate([[*system, *random_ids(9, seed=n)]], GREEDY)
+    (shared,) = [prefix for prefix in engine.loop.scheduler.prefixes if len(prefix.tokens) == 128]
+    neighbour = engine.submit([*system, *random_ids(9, seed=5)], GREEDY)
+    engine.loop.step()
+    assert neighbour.scheduled.pages[:2] == shared.pages
+    latents = [stage.state.latent for stage in engine.runner.stages]
+    before = [pages.data[shared.pages].clone() for each in latents for pages in each.values()]
+    for stage in engine.runner.stages:
+        for state in stage.state.kda.values():
+            state.s[shared.slot] = float("nan")
+    ids = [*system, *random_ids(9, seed=6)]
+    (failed,) = engine.generate([ids], GREEDY)
+    assert failed.finish == "error" and "they do not come again" in failed.error
+    after = [pages.data[shared.pages] for each in latents for pages in each.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert engine.generate([ids], GREEDY)[0].tokens == make(loaded).generate([ids], GREEDY)[0].tokens
+    assert neighbour.finish == "length"

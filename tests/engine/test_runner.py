@@ -324,12 +324,12 @@ def test_what_makes_nan_is_named(tiny, where):
     chosen = runner.first_tokens(runner.prefill([span]), [span], "greedy")
     assert chosen.token.tolist() == [-1]
     assert runner.decode([0], "greedy").token.tolist() == [-1]
-    assert runner.find_bad_layer(ids, 0, 2) == where
+    assert runner.find_bad_layer(ids, 0, [0], 2) == where
 
 
 def test_nothing_is_blamed_when_all_is_well(runner):
     begin(runner, 0, [0, 1])
-    assert runner.find_bad_layer(random_ids(70), 0, 33) is None
+    assert runner.find_bad_layer(random_ids(70), 0, [0, 1], 33) is None
 
 
 @pytest.mark.parametrize("embedded_outside", [False, True])

@@ -308,3 +308,14 @@ def test_what_nobody_looked_at_is_not_kept():
     s.schedule()
     s.finish(q)
     assert not s.prefixes and s.slots.free == 2
+
+
+def test_a_prefix_that_frees_nothing_does_not_make_room():
+    s = Scheduler(slots=3, pages=6, page_tokens=PAGE, chunk=50, prefixes=3)
+    running = Sequence(8, 12, tokens=[1] * 8, checked=True)
+    s.add(running)
+    s.schedule()
+    run_alone(s, [2] * 10)
+    assert [prefix.tokens[0] for prefix in s.prefixes] == [1, 2] and s.pages.free == 0
+    run_alone(s, [3] * 4)
+    assert [prefix.tokens[0] for prefix in s.prefixes] == [1, 3]
