@@ -180,7 +180,8 @@ class Scheduler:
     def finish(self, sequence: Sequence, sound: bool = True) -> None:
         """Take it out, wherever it is; its slot and pages are free again unless it keeps them.
 
-        Its prefixes stay, and as much of a prompt as was read becomes one, unless what it computed is not `sound`.
+        Its prefixes stay if its first token was one, and as much of a prompt as was read becomes one, unless what it
+        computed is not `sound`: then what it went on from may have been wrong already, and is forgotten as well.
         """
         if sequence is self.prefilling:
             self.prefilling = None
@@ -188,11 +189,12 @@ class Scheduler:
                 self._keep_what_was_read(sequence)
         elif sequence in self.running:
             self.running.remove(sequence)
-            sound = sound and sequence.checked
+            if sound and not sequence.checked:
+                self._forget_any(sequence.left)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         if not sound:
-            self._distrust(sequence)
+            self._forget_any([*sequence.left, sequence.origin])
         if not sequence.keep:
             self.release(sequence)
 
@@ -213,7 +215,7 @@ class Scheduler:
     def seclude(self, sequence: Sequence) -> bool:
         """Let it have its pages for itself, so that they can be written to again: its prefixes are forgotten, and pages
         that others hold give way to free ones. False where there are too few."""
-        self._distrust(sequence)
+        self._forget_any([*sequence.left, sequence.origin])
         shared = [i for i, page in enumerate(sequence.pages) if self.pages.owners(page) > 1]
         if len(shared) > self.pages.free:
             return False
@@ -299,9 +301,9 @@ class Scheduler:
             sequence.slot = None
             self._held -= 1
 
-    def _distrust(self, sequence: Sequence) -> None:
-        """Forget what it left, and what it went on from: what is wrong with it may have been wrong there."""
-        for prefix in (*sequence.left, sequence.origin):
+    def _forget_any(self, prefixes: Iterable[Prefix | None]) -> None:
+        """Forget those of them that are still there."""
+        for prefix in prefixes:
             if prefix in self.prefixes or prefix in self._made:
                 self.forget(prefix)
 

@@ -308,6 +308,12 @@ def test_what_nobody_looked_at_is_not_kept():
     s.schedule()
     s.finish(q)
     assert not s.prefixes and s.slots.free == 2
+    s, q = Scheduler(slots=1, pages=20, page_tokens=PAGE, chunk=50, prefixes=2), Sequence(12, 13, tokens=[2] * 12)
+    run_alone(s, [2] * 8)
+    s.add(q)
+    s.schedule()
+    s.finish(q)
+    assert [prefix.tokens for prefix in s.prefixes] == [[2] * 8], "what it went on from is as good as before"
 
 
 def test_a_prefix_that_frees_nothing_does_not_make_room():
