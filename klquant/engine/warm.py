@@ -1,4 +1,4 @@
-"""Before anyone waits: kernels are built for a size, tuned for the card and captured in graphs when it is first met."""
+"""Before anyone waits: kernels are built for a size, and captured in graphs, when it is first met."""
 
 from dataclasses import replace
 
