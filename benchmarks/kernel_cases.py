@@ -169,7 +169,8 @@ def expert_candidates(bits: int, tokens: int) -> list[tuple[Tile, ...]]:
     w = expert_weights(bits)
     few = tokens <= JOINED_TOKENS
     wgmma = has_wgmma(w.gate_up.words)
-    table = joined_tiles(w.gate_up, w.down, tokens) if few else many_tiles(w.gate_up, w.down, tokens * TOP, wgmma)
+    both, share = (w.gate_up, w.down), tokens * TOP // EXPERTS
+    table = joined_tiles(*both, tokens) if few else many_tiles(*both, share, wgmma)
     most = 8 if few else table[0].tokens * 2
     kinds = [(rows, warps, split) for rows in (32, 64, 128) for warps in (1, 2, 4, 8) for split in {1, warps}]
     pairs = [table]

@@ -7,6 +7,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from klquant.errors import UserError
+
 # cudaHostRegisterPortable: every card copies the memory at full speed, not only the one that is current.
 PORTABLE = 1
 # Memory on a card that torch's allocator does not count: CUDA context and kernels.
@@ -51,9 +53,41 @@ def own_pages(nbytes: int) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
 
 
+class _Locked(mmap.mmap):
+    """Pages that cards know of, until the last tensor on them is gone."""
+
+    address = 0
+
+    def __del__(self) -> None:
+        if self.address:
+            # At the process's end CUDA may be gone before them.
+            with suppress(Exception):
+                torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def locked_pages(nbytes: int) -> Tensor:
+    """Uninitialized bytes [nbytes], uint8, that kernels of every card can read and write where they are.
+
+    Raises UserError when the system does not let so much be locked.
+    """
+    pages = _Locked(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
+    if nbytes and not _register(tensor.data_ptr(), nbytes):
+        raise UserError(
+            f"the system does not let {nbytes / (1 << 20):,.0f} MiB of the host's memory be locked for the GPU, beside "
+            "what is locked already; raise the limit (ulimit -l), or free memory"
+        )
+    pages.address = tensor.data_ptr()
+    return tensor
+
+
 def pin(tensor: Tensor) -> bool:
     """Lock a tensor from `own_pages` for a GPU's copies, until `unpin`; whether the system let it."""
-    done = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, PORTABLE)) == 0
+    return _register(tensor.data_ptr(), tensor.nbytes)
+
+
+def _register(address: int, nbytes: int) -> bool:
+    done = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, PORTABLE)) == 0
     if not done:
         # CUDA keeps the refusal, and the next launch would report it as its own: let one that does not matter do so.
         with suppress(RuntimeError):

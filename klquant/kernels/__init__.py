@@ -3,7 +3,8 @@
     bricks.py     Triton: packed words → exact codes → tiles of outputs; what linear and moe are made of
     linear/       layout (how a weight lies in memory), tiles (which tile a shape gets), triton, reference,
                   dispatch (QuantLinear, QuantMLP: what the model holds instead of tensors)
-    moe/          router, grouping (routes sorted by expert), triton, tiles, reference, dispatch (QuantExperts)
+    moe/          router, grouping (routes sorted by expert), triton, tiles, reference, dispatch (QuantExperts);
+                  offload and exchange: experts that lie in the host's memory, and change places with others
     kda/          a position of Kimi Delta Attention between its projections, the states updated in place by slot; what
                   the delta rule reads of a chunk
     step/         where the tokens of a step go, and their embeddings

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from klquant.calibrate.walk import WalkSettings
-from klquant.core.memory import CUDA_CONTEXT, free_memory, own_pages, pin
+from klquant.core.memory import CUDA_CONTEXT, free_memory, locked_pages, own_pages, pin
+from klquant.errors import UserError
 from klquant.pipeline.placement import CARD_SHARE, Limits, limit_devices
 
 GB = 10**9
@@ -42,6 +43,28 @@ def test_locked_memory_shares_no_page():
         assert memory.shape == (nbytes,) and (not nbytes or memory.data_ptr() % page == 0)
     a, b = own_pages(5).fill_(1), own_pages(5).fill_(2)
     assert abs(a.data_ptr() - b.data_ptr()) >= page and a.tolist() == [1] * 5
+
+
+def test_pages_stay_locked_as_long_as_a_tensor_lies_on_them(monkeypatch):
+    locked = {}
+    cuda = SimpleNamespace(
+        cudaHostRegister=lambda address, nbytes, flags: locked.update({address: nbytes}) or 0,
+        cudaHostUnregister=locked.pop,
+    )
+    monkeypatch.setattr("torch.cuda.cudart", lambda: cuda)
+    view = locked_pages(4096).view(torch.int16).view(2, 1024)[1:]
+    assert list(locked.values()) == [4096] and view.data_ptr() - 2048 in locked
+    view = view.fill_(7)[0, 0]
+    assert locked and view == 7
+    del view
+    assert not locked
+
+
+def test_memory_that_kernels_need_and_cannot_have_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 1))
+    monkeypatch.setattr("torch.ones", lambda *_, **__: None)
+    with pytest.raises(UserError, match="does not let 3 MiB of the host's memory be locked"):
+        locked_pages(3 << 20)
 
 
 @pytest.mark.parametrize("error", [0, 1])

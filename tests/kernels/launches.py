@@ -22,9 +22,9 @@ class Launch:
     """A kernel with the types and constants it is specialized for."""
 
     kernel: object
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, str | tuple[str, ...]], ...]
     constants: tuple[tuple[str, object], ...]
-    divisible: tuple[str, ...]
+    divisible: tuple[tuple[str | int, ...], ...]
     warps: int
     registers: int | None = None
     stages: int = 3
@@ -45,29 +45,38 @@ def record(run: Callable[[], object], monkeypatch) -> Iterator[Launch]:
         )
         run()
     for kernel, args, options in calls:
-        warps, registers = options.pop("num_warps", 4), options.pop("maxnreg", None)
-        stages = options.pop("num_stages", 3)
-        fixed = {p.name for p in kernel.params if p.is_constexpr}
-        unaligned = {p.name for p in kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
-        values = dict(zip(kernel.arg_names, args, strict=False)) | options
-        signature, constants, divisible = {}, {}, []
-        for name in kernel.arg_names:
-            value = values[name]
-            if isinstance(value, torch.Tensor):
-                signature[name] = POINTERS[value.dtype]
-                divisible.append(name)
-            elif isinstance(value, int) and name not in fixed and value != 1:
-                signature[name] = "i32"
-                if value % 16 == 0 and name not in unaligned:
-                    divisible.append(name)
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "constexpr"
-                constants[name] = value
-        yield Launch(
-            kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), warps, registers, stages
-        )
+        yield _launch(kernel, args, options)
+
+
+def _launch(kernel, args: tuple, options: dict[str, object]) -> Launch:
+    warps, registers = options.pop("num_warps", 4), options.pop("maxnreg", None)
+    stages = options.pop("num_stages", 3)
+    fixed = {p.name for p in kernel.params if p.is_constexpr}
+    unaligned = {p.name for p in kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | options
+    signature, constants, divisible = {}, {}, []
+
+    def kind(value: object, path: tuple[str | int, ...]) -> str | tuple[str, ...]:
+        """What Triton calls its type; notes by path what is known of the value."""
+        if isinstance(value, tuple):
+            return tuple(kind(item, (*path, i)) for i, item in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            divisible.append(path)
+            return POINTERS[value.dtype]
+        if isinstance(value, int) and path[0] not in fixed and value != 1:
+            if value % 16 == 0 and path[0] not in unaligned:
+                divisible.append(path)
+            return "i32"
+        if isinstance(value, float):
+            return "fp32"
+        constants[path[0]] = value
+        return "constexpr"
+
+    for name in kernel.arg_names:
+        signature[name] = kind(values[name], (name,))
+    return Launch(
+        kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), warps, registers, stages
+    )
 
 
 @dataclass(frozen=True)
@@ -87,10 +96,10 @@ def compile_for(launch: Launch, card: int) -> Resources:
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    place = {name: (i,) for i, name in enumerate(launch.kernel.arg_names)}
+    place = {name: i for i, name in enumerate(launch.kernel.arg_names)}
     source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(
-        launch.kernel, dict(launch.signature), {place[name]: value for name, value in launch.constants},
-        {place[name]: [["tt.divisibility", 16]] for name in launch.divisible},
+        launch.kernel, dict(launch.signature), {(place[name],): value for name, value in launch.constants},
+        {(place[name], *rest): [["tt.divisibility", 16]] for name, *rest in launch.divisible},
     )  # fmt: skip
     options = {"num_warps": launch.warps, "maxnreg": launch.registers, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)

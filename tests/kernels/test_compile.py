@@ -14,7 +14,8 @@ from klquant.kernels.linear import dispatch as linear_dispatch
 from klquant.kernels.linear.dispatch import QuantMLP, apply_linear, pack_mlp, pack_weight
 from klquant.kernels.linear.tiles import linear_tile, parts_tile
 from klquant.kernels.moe import dispatch as moe_dispatch
-from klquant.kernels.moe.dispatch import QuantExperts, apply_experts
+from klquant.kernels.moe.dispatch import QuantExperts, apply_experts, expert_parts
+from klquant.kernels.moe.offload import Offload
 from tests.kernels.launches import CARDS, Launch, compile_for, meta_weight, record
 from tests.triton_interpreter import interpreting, needs_triton
 
@@ -70,6 +71,21 @@ def experts(bits: int, shared_bits: int, group: int = 128, dtype: torch.dtype = 
         yield lambda tokens=tokens: apply_linear(meta(tokens, HIDDEN, dtype=dtype), shared.gate_up, gated=True)
 
 
+def offloaded(bits: int, shared_bits: int, group: int = 128) -> Iterator:
+    """Experts of which some lie in the host's memory, and how they change places."""
+    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    shared = QuantMLP(*pack_mlp(*(meta_weight(s, shared_bits, group) for s in shapes)))
+    near, far = (
+        pack_mlp(*(meta_weight((count, *s), bits, group) for s in shapes)) for count in (EXPERTS - 33, 33)
+    )  # fmt: skip
+    w = QuantExperts(*near, shared, Offload.of(EXPERTS - 33, tuple(far), "meta"))
+    for tokens in EXPERT_TOKENS:
+        x = meta(tokens, HIDDEN)
+        weight, chosen = meta(tokens, TOP, dtype=torch.float32), meta(tokens, TOP, dtype=torch.int32)
+        args = w, x, weight, chosen, None, meta(tokens, dtype=torch.int32)
+        yield lambda args=args: expert_parts(*args)
+
+
 def router() -> Iterator:
     from klquant.kernels.moe.router import route
 
@@ -95,6 +111,13 @@ def problems(pairs: Iterable[tuple[Launch, int]]) -> list[str]:
 def test_the_int4_recipe(monkeypatch):
     groups = linear(8), linear_beside(), linear_in_parts(8), experts(4, 8), router()
     assert not problems(zip(launches(monkeypatch, *groups), cycle(CARDS), strict=False))
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_offloaded_experts(bits, monkeypatch):
+    found = launches(monkeypatch, offloaded(bits, 8))
+    assert {"choose_pairs_kernel", "exchange_kernel"} < {launch.kernel.__name__ for launch in found}
+    assert not problems(zip(found, cycle((89, 90, 86, 80)), strict=False))
 
 
 def test_wide_tiles_on_hopper(monkeypatch):

@@ -55,7 +55,7 @@ def test_tiles_divide_the_rows_and_fit_small_cards(bits, group):
     w = QuantExperts.of(*(meta_weight((256, *s), bits, group) for s in shapes), None)
     for tokens in (9, 64, 1024, 4096, 65536):
         for wgmma in (False, True):
-            first, second = many_tiles(w.gate_up, w.down, tokens * 8, wgmma)
+            first, second = many_tiles(w.gate_up, w.down, tokens * 8 // w.count, wgmma)
             assert first.tokens == second.tokens
     for tokens in (1, 4, 32):
         first, second = joined_tiles(w.gate_up, w.down, tokens)

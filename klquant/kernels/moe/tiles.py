@@ -46,9 +46,10 @@ def joined_tiles(gate_up: Packed, down: Packed, tokens: int) -> tuple[Tile, Tile
     return tuple(make_tile(w.bits, 64, 8, warps, 1, n) for w, n in zip((gate_up, down), stages, strict=True))
 
 
-def many_tiles(gate_up: Packed, down: Packed, routes: int, wgmma: bool) -> tuple[Tile, Tile]:
-    """Tiles of the two grouped kernels, for as many tokens as an expert gets on average. Both have as many tokens."""
-    share, both = routes // gate_up.experts, (gate_up, down)
+def many_tiles(gate_up: Packed, down: Packed, share: int, wgmma: bool) -> tuple[Tile, Tile]:
+    """Tiles of the two grouped kernels, for `share` tokens, which an expert gets on average. Both have as many
+    tokens."""
+    both = gate_up, down
     rows, wanted, warps, stages, scaled = (
         (64, 8, 2, 3, False) if share <= 4 else
         (64, 16, 4, 3, False) if share <= 8 else

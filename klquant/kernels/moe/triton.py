@@ -7,6 +7,8 @@ halves in one launch (`joined`), which is what its few microseconds are worth; m
 Shapes: h [T·R, I] in order of tiles; shared h [T, I].
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,15 +19,38 @@ from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 from klquant.kernels.linear.triton import PTX, gated
 from klquant.kernels.moe.grouping import group
+from klquant.kernels.moe.offload import Offload
 from klquant.kernels.moe.tiles import UNSORTED_TOKENS
 from klquant.kernels.norm.parts import WIDE_TOKENS, Parts
 
 
+class Stack(NamedTuple):
+    """A weight of each expert: as in `Weight`, and the elements from one's words, or scales, to the next one's.
+
+    With `places` [E] an expert lies where that says: from `near` on at the far pointers, which are the host's memory.
+    """
+
+    words: tl.tensor
+    high: tl.tensor | None
+    scale: tl.tensor | None
+    zero: tl.tensor | None
+    bricks: tl.tensor
+    groups: tl.tensor
+    words_stride: tl.tensor
+    scale_stride: tl.tensor
+    far_words: tl.tensor | None
+    far_high: tl.tensor | None
+    far_scale: tl.tensor | None
+    far_zero: tl.tensor | None
+    places: tl.tensor | None
+    near: tl.tensor
+
+
 # Whether their number is a multiple of 16 helps nothing here, and would be one more kernel to build.
-@triton.jit(do_not_specialize_on_alignment=["tokens", "shared_tiles"])
+@triton.jit(do_not_specialize_on_alignment=["tokens", "shared_tiles", "near"])
 def grouped_kernel(
-    x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride, y, rows,
-    top,
+    x, x_stride, order, tiles, weight, words, high, scale, zero, bricks, groups, words_stride, scale_stride,
+    far_words, far_high, far_scale, far_zero, places, near, y, rows, top,
     shared_x, shared_x_stride, shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups,
     shared_y, shared_rows, tokens, shared_tiles,
     BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr, GATED: tl.constexpr,
@@ -36,20 +61,24 @@ def grouped_kernel(
 
     Grid (tiles of rows, `shared_tiles` tiles of tokens for the shared expert, then tiles of routes).
     """
-    w = Weight(words, high, scale, zero, bricks, groups)
+    w = Stack(
+        words, high, scale, zero, bricks, groups, words_stride, scale_stride, far_words, far_high, far_scale, far_zero,
+        places, near,
+    )  # fmt: skip
     shared = Weight(shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups)
     _tile_of_half(
-        tl.program_id(0), tl.program_id(1), x, x_stride, order, tiles, weight, w, words_stride, scale_stride, y, rows,
-        top, shared_x, shared_x_stride, shared, shared_y, shared_rows, tokens, shared_tiles,
+        tl.program_id(0), tl.program_id(1), x, x_stride, order, tiles, weight, w, y, rows, top,
+        shared_x, shared_x_stride, shared, shared_y, shared_rows, tokens, shared_tiles,
         BITS, GROUP, SHARED_BITS, SHARED_GROUP, GATED, BN, BM, SPLIT, SCALED, STAGES, PTX,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["tokens"])
+@triton.jit(do_not_specialize_on_alignment=["tokens", "near"])
 def joined_kernel(
     x, x_stride, order, tiles, weight, h, y, inner, rows, top, made,
-    words, high, scale, zero, bricks, groups, words_stride, scale_stride,
+    words, high, scale, zero, bricks, groups, words_stride, scale_stride, far_words, far_high, far_scale, far_zero,
     down_words, down_high, down_scale, down_zero, down_bricks, down_groups, down_words_stride, down_scale_stride,
+    down_far_words, down_far_high, down_far_scale, down_far_zero, places, near,
     shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups, shared_h, shared_inner,
     shared_down_words, shared_down_high, shared_down_scale, shared_down_zero, shared_down_bricks, shared_down_groups,
     shared_y, shared_rows, tokens, shared_tiles, each, first_programs, second_each,
@@ -67,10 +96,13 @@ def joined_kernel(
     program = tl.program_id(0)
     if program < first_programs:
         tile = program // each
-        w = Weight(words, high, scale, zero, bricks, groups)
+        w = Stack(
+            words, high, scale, zero, bricks, groups, words_stride, scale_stride, far_words, far_high, far_scale,
+            far_zero, places, near,
+        )  # fmt: skip
         shared = Weight(shared_words, shared_high, shared_scale, shared_zero, shared_bricks, shared_groups)
         _tile_of_half(
-            program % each, tile, x, x_stride, order, tiles, weight, w, words_stride, scale_stride, h, inner, top,
+            program % each, tile, x, x_stride, order, tiles, weight, w, h, inner, top,
             x, x_stride, shared, shared_h, shared_inner, tokens, shared_tiles,
             BITS, GROUP, SHARED_BITS, SHARED_GROUP, True, BN, BM, SPLIT, False, STAGES, PTX,
         )  # fmt: skip
@@ -81,15 +113,17 @@ def joined_kernel(
         there = tl.atomic_add(made + tile, 0, sem="acquire")
         while there < each:
             there = tl.atomic_add(made + tile, 0, sem="acquire")
-        down = Weight(down_words, down_high, down_scale, down_zero, down_bricks, down_groups)
+        down = Stack(
+            down_words, down_high, down_scale, down_zero, down_bricks, down_groups, down_words_stride,
+            down_scale_stride, down_far_words, down_far_high, down_far_scale, down_far_zero, places, near,
+        )  # fmt: skip
         shared_down = Weight(
             shared_down_words, shared_down_high, shared_down_scale, shared_down_zero, shared_down_bricks,
             shared_down_groups,
         )  # fmt: skip
         _tile_of_half(
-            (program - first_programs) % second_each, tile, h, inner, order, tiles, weight, down, down_words_stride,
-            down_scale_stride, y, rows, top, shared_h, shared_inner, shared_down, shared_y, shared_rows, tokens,
-            shared_tiles,
+            (program - first_programs) % second_each, tile, h, inner, order, tiles, weight, down, y, rows, top,
+            shared_h, shared_inner, shared_down, shared_y, shared_rows, tokens, shared_tiles,
             DOWN_BITS, DOWN_GROUP, SHARED_DOWN_BITS, SHARED_DOWN_GROUP, False, DOWN_BN, BM, DOWN_SPLIT, False,
             DOWN_STAGES, PTX,
         )  # fmt: skip
@@ -97,7 +131,7 @@ def joined_kernel(
 
 @triton.jit
 def _tile_of_half(
-    row_tile, tile, x, x_stride, order, tiles, weight, w, words_stride, scale_stride, y, rows, top,
+    row_tile, tile, x, x_stride, order, tiles, weight, w, y, rows, top,
     shared_x, shared_x_stride, shared, shared_y, shared_rows, tokens, shared_tiles,
     BITS: tl.constexpr, GROUP: tl.constexpr, SHARED_BITS: tl.constexpr, SHARED_GROUP: tl.constexpr, GATED: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr,
@@ -128,7 +162,7 @@ def _tile_of_half(
         if e >= 0 and row_tile * OUT < rows:
             first = tl.load(tiles + own * 3 + 1) if order is not None else own
             last = tl.load(tiles + own * 3 + 2) if order is not None else own + 1
-            routes = row_tile, x, x_stride, order, first, last, e, weight, w, words_stride, scale_stride, y, rows, top
+            routes = row_tile, x, x_stride, order, first, last, e, weight, w, y, rows, top
             # An expert's last tile is half empty half of the time, or nearly empty.
             if BM >= 128 and last - first <= BM // 4:
                 _route_tile(*routes, BITS, GROUP, GATED, BN, BM // 4, SPLIT, SCALED, STAGES, PTX)
@@ -140,7 +174,7 @@ def _tile_of_half(
 
 @triton.jit
 def _route_tile(
-    row_tile, x, x_stride, order, first, last, e, weight, w, words_stride, scale_stride, y, rows, top,
+    row_tile, x, x_stride, order, first, last, e, weight, w, y, rows, top,
     BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     SPLIT: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -148,11 +182,13 @@ def _route_tile(
     m = first + tl.arange(0, BM)
     exists = m < last
     source = _at_places(order, m, exists) // top if GATED else m
-    to_words, to_scales = e.to(tl.int64) * words_stride, e.to(tl.int64) * scale_stride
+    place = e if w.places is None else tl.load(w.places + e)
     inputs = x + source.to(tl.int64) * x_stride
     w_e = Weight(
-        w.words + to_words, w.high + to_words if w.high is not None else None,
-        w.scale + to_scales if w.scale is not None else None, w.zero + to_scales if w.zero is not None else None,
+        _at_place(w.words, w.far_words, place, w.words_stride, w.near),
+        _at_place(w.high, w.far_high, place, w.words_stride, w.near) if w.high is not None else None,
+        _at_place(w.scale, w.far_scale, place, w.scale_stride, w.near) if w.scale is not None else None,
+        _at_place(w.zero, w.far_zero, place, w.scale_stride, w.near) if w.zero is not None else None,
         w.bricks, w.groups,
     )  # fmt: skip
     acc = tile_product(inputs, exists, w_e, row_tile * BN, 0, w.bricks, BITS, GROUP, BN, BM, SPLIT, SCALED, STAGES, PTX)
@@ -165,6 +201,16 @@ def _route_tile(
     n = row_tile * acc.shape[0] + tl.arange(0, acc.shape[0])
     at = target.to(tl.int64)[None, :] * rows + n[:, None]
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=exists[None, :] & (n < rows)[:, None])
+
+
+@triton.jit
+def _at_place(here, far, place, stride, near):
+    """Where what an expert has of a stack begins."""
+    if far is None:
+        return here + place.to(tl.int64) * stride
+    else:
+        away = far + (place - near).to(tl.int64) * stride
+        return tl.where(place < near, here + place.to(tl.int64) * stride, away)
 
 
 @triton.jit
@@ -190,6 +236,7 @@ def combine_kernel(routed, shared, y, rows, TOP: tl.constexpr, BLOCK: tl.constex
 def many_tokens(
     x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed, down: Packed,
     shared: tuple[Packed, Packed] | None, shared_TC: Tensor | None, first: Tile, second: Tile,
+    offload: Offload | None = None,
 ) -> Parts:  # fmt: skip
     """Routed experts and the shared one: routes sorted, then a launch for each half. Tiles alike in tokens.
 
@@ -197,10 +244,13 @@ def many_tokens(
     """
     tokens, top = expert_TR.shape
     device, dtype = x_TC.device, x_TC.dtype
-    order, tiles = group(expert_TR, gate_up.experts, first.tokens)
+    order, tiles = group(expert_TR, offload.experts if offload else gate_up.experts, first.tokens)
     shared_tiles = 0 if shared is None else triton.cdiv(tokens, first.tokens)
 
-    def run(x: Tensor, shared_x: Tensor | None, w: Packed, beside: Packed | None, tile: Tile, gated: bool):
+    def run(
+        x: Tensor, shared_x: Tensor | None, w: Packed, far: Packed | None, beside: Packed | None, tile: Tile,
+        gated: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         rows, shared_rows = (0 if p is None else p.row_bricks * 16 for p in (w, beside))
         grid = max(rows, shared_rows) // tile.rows, len(tiles) + shared_tiles
         rows, shared_rows = (n // 2 for n in (rows, shared_rows)) if gated else (w.n, beside.n if beside else 0)
@@ -208,7 +258,7 @@ def many_tokens(
         y = torch.empty(tokens * top, rows, device=device, dtype=kind)
         shared_y = None if beside is None else torch.empty(tokens, shared_rows, device=device, dtype=kind)
         grouped_kernel[grid](
-            x, x.stride(0), order, tiles, weight_TR, *_arguments(w), y, rows, top,
+            x, x.stride(0), order, tiles, weight_TR, *_stack(w, far), *_places(offload), y, rows, top,
             shared_x, 0 if shared_x is None else shared_x.stride(0), *_arguments(beside), shared_y, shared_rows,
             tokens, shared_tiles,
             **_format(w), **_format(beside, "SHARED_"), GATED=gated, SCALED=tile.scaled,
@@ -216,15 +266,16 @@ def many_tokens(
         )  # fmt: skip
         return y, shared_y
 
-    beside = shared or (None, None)
-    routed, shared_h = run(x_TC, x_TC if shared else None, gate_up, beside[0], first, True)
-    routed, made = run(routed, shared_h, down, beside[1], second, False)
+    beside, far = shared or (None, None), offload.far if offload else (None, None)
+    routed, shared_h = run(x_TC, x_TC if shared else None, gate_up, far[0], beside[0], first, True)
+    routed, made = run(routed, shared_h, down, far[1], beside[1], second, False)
     return Parts(routed.unflatten(0, (tokens, top)), made if shared else shared_TC)
 
 
 def joined(
     x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed, down: Packed,
     shared: tuple[Packed, Packed] | None, first: Tile, second: Tile, made: Tensor | None = None,
+    offload: Offload | None = None,
 ) -> Parts:  # fmt: skip
     """`many_tokens` of a decode step, both halves in one launch: tiles alike in tokens and warps.
 
@@ -235,12 +286,12 @@ def joined(
     shared_tiles = 0 if shared is None else triton.cdiv(tokens, first.tokens)
     order, tiles = None, expert_TR.view(-1)
     if tokens > UNSORTED_TOKENS:
-        order, tiles = group(expert_TR, gate_up.experts, first.tokens)
+        order, tiles = group(expert_TR, offload.experts if offload else gate_up.experts, first.tokens)
     count = len(tiles) + shared_tiles
     if made is None:
         made = torch.zeros(count, dtype=torch.int32, device=device)
     assert len(made) >= count, "too few counters"
-    beside = shared or (None, None)
+    beside, far = shared or (None, None), offload.far if offload else (None, None)
     inner, shared_inner = (0 if w is None else w.row_bricks * 16 // 2 for w in (gate_up, beside[0]))
     h = torch.empty(tokens * top, inner, device=device, dtype=dtype)
     shared_h = torch.empty(tokens, shared_inner, device=device, dtype=dtype)
@@ -249,7 +300,8 @@ def joined(
     each, second_each = 2 * max(inner, shared_inner) // first.rows, down.row_bricks * 16 // second.rows
     joined_kernel[((each + second_each) * count,)](
         x_TC, x_TC.stride(0), order, tiles, weight_TR, h, y, inner, down.n, top, made,
-        *_arguments(gate_up), *_arguments(down), *_arguments(beside[0]), shared_h, shared_inner,
+        *_stack(gate_up, far[0]), *_stack(down, far[1]), *_places(offload),
+        *_arguments(beside[0]), shared_h, shared_inner,
         *_arguments(beside[1]), shared_y, down.n, tokens, shared_tiles, each, each * count, second_each,
         **_format(gate_up), **_format(down, "DOWN_"), **_format(beside[0], "SHARED_"),
         **_format(beside[1], "SHARED_DOWN_"),
@@ -268,11 +320,18 @@ def combine(parts: Parts, dtype: torch.dtype) -> Tensor:
 
 
 def _arguments(w: Packed | None) -> tuple:
-    """A weight as the kernels take it; of experts also the elements from one's words, or scales, to the next one's."""
-    if w is None:
-        return None, None, None, None, 0, 0
-    strides = () if w.experts is None else (w.words.stride(0), 0 if w.scale is None else w.scale.stride(0))
-    return *w.tensors, w.bricks, w.groups, *strides
+    """A weight as the kernels take it."""
+    return (None, None, None, None, 0, 0) if w is None else (*w.tensors, w.bricks, w.groups)
+
+
+def _stack(w: Packed, far: Packed | None) -> tuple:
+    """A weight of all experts as the kernels take it, but for their places."""
+    strides = w.words.stride(0), 0 if w.scale is None else w.scale.stride(0)
+    return *_arguments(w), *strides, *(far.tensors if far else (None,) * 4)
+
+
+def _places(offload: Offload | None) -> tuple[Tensor | None, int]:
+    return (offload.place_E, offload.near) if offload else (None, 0)
 
 
 def _format(w: Packed | None, prefix: str = "") -> dict[str, int]:
