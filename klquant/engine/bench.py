@@ -17,7 +17,7 @@ from klquant.engine.prefill import Span
 from klquant.engine.reply import Reply
 from klquant.engine.request import SamplingParams
 from klquant.engine.runner import Runner
-from klquant.engine.usage import Traffic, step_traffic
+from klquant.engine.usage import Offloaded, Traffic, count_offloaded, step_traffic
 from klquant.errors import UserError
 from klquant.kernels.mla.pages import PAGE_SIZE
 from klquant.recipe.memory import PREFILL_CHUNK, WeightSizes
@@ -42,13 +42,15 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """Steps of `batch` sequences that hold `context` tokens: seconds a step, on average over `steps`."""
+    """Steps of `batch` sequences that hold `context` tokens: seconds a step, on average over `steps`. offloaded: of all
+    of them, where experts lie in the host's memory; whose they are depends on the tokens, which are noise here."""
 
     batch: int
     context: int
     steps: int
     step_s: float
     traffic: Traffic
+    offloaded: Offloaded | None = None
 
     @property
     def tokens_s(self) -> float:
@@ -106,6 +108,7 @@ def measure_decode(
     for _ in range(WARM_STEPS):
         Reply.begin(runner.decode(slots, "greedy"), batch).tokens()
     _wait(runner)
+    before = count_offloaded(runner.weights)
     started, reply = time.perf_counter(), None
     for _ in range(steps):
         last, reply = reply, Reply.begin(runner.decode(slots, "greedy"), batch)
@@ -117,7 +120,8 @@ def measure_decode(
         raise UserError(f"{batch} sequences of {context} tokens: the logits are not numbers")
     middle = context + WARM_STEPS + steps // 2
     traffic = step_traffic(runner.cfg, sizes, batch, middle, cache_bits, runner.weights.dtype.itemsize)
-    return Decode(batch, context, steps, step_s, traffic)
+    offloaded = before and count_offloaded(runner.weights).since(before)
+    return Decode(batch, context, steps, step_s, traffic, offloaded)
 
 
 def prepare(runner: Runner, batch: int, context: int, steps: int) -> list[int]:

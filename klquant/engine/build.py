@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Protocol
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.core.grid import Quantized, common_grid
+from klquant.core.memory import locked_pages
 from klquant.core.spec import WeightSpec
 from klquant.engine.weights import EngineLayer, EngineWeights, FusedKDA, FusedMLA, Stacked
 from klquant.kernels.linear.dispatch import QuantLinear, QuantMLP, Weight, pack_mlp, pack_weight
 from klquant.kernels.linear.layout import CODES_AT_ONCE, ROW_MULTIPLE, Packed
 from klquant.kernels.moe.dispatch import QuantExperts
+from klquant.kernels.moe.offload import Offload, Staging
 from klquant.model.first_prompt import import_fla
 from klquant.model.forward import EMBEDDING, FINAL_NORM, HEAD, Head
 from klquant.model.weights import (
@@ -34,6 +37,7 @@ from klquant.model.weights import (
     MoEWeights,
     PackedMoE,
 )  # fmt: skip
+from klquant.recipe.memory import staging_bytes
 
 MLP_ROLES = ("gate_proj", "up_proj", "down_proj")
 
@@ -68,14 +72,19 @@ class Places(Protocol):
     @property
     def head(self) -> torch.device: ...
 
+    @property
+    def far(self) -> tuple[int, ...]:
+        """Experts of each layer that lie in the host's memory."""
+
 
 @dataclass(frozen=True)
 class OneDevice:
-    """Everything on one device."""
+    """Everything on one device, but for `leaving` experts of each layer."""
 
     device: torch.device
     num_layers: int
     packed: bool = True
+    leaving: int = 0
 
     @property
     def embedding(self) -> torch.device:
@@ -89,6 +98,10 @@ class OneDevice:
     def head(self) -> torch.device:
         return self.device
 
+    @property
+    def far(self) -> tuple[int, ...]:
+        return (self.leaving,) * self.num_layers
+
 
 def build_weights(source: Source, places: Places, dtype: torch.dtype) -> EngineWeights:
     """A whole model. The head comes first: of all weights it needs the most room beside itself while it is packed."""
@@ -98,9 +111,13 @@ def build_weights(source: Source, places: Places, dtype: torch.dtype) -> EngineW
     embedding_VC = source.tensor(EMBEDDING, dtype, places.embedding)
     if places.embedding.type == "cpu" and places.head.type == "cuda":
         embedding_VC = embedding_VC.pin_memory()
-    layers = tuple(build.layer(i, device) for i, device in enumerate(places.layers))
+    layers = tuple(build.layer(i, *place) for i, place in enumerate(zip(places.layers, places.far, strict=True)))
     if places.head.type == "cuda":
         torch.cuda.empty_cache()  # what packing needed is now room for caches
+    for staging, offloads in build.offloads.values():
+        largest = max(sum(w.nbytes for w in offload.far) for offload in offloads)
+        if staging_bytes(largest, len(offloads)):
+            staging.open(offloads, largest)
     return EngineWeights(source.config, embedding_VC, layers, head, tuple(build.notes))
 
 
@@ -108,19 +125,20 @@ def build_weights(source: Source, places: Places, dtype: torch.dtype) -> EngineW
 class Builder:
     """Layers for activations of `dtype`. Not `packed`: every weight is a plain tensor, of the reader's values.
 
-    `notes` collects what had to be held otherwise than it is stored.
+    `notes` collects what had to be held otherwise than it is stored; `offloads`, by device, where experts lie.
     """
 
     source: Source
     dtype: torch.dtype
     packed: bool
     notes: list[str] = field(default_factory=list)
+    offloads: dict[torch.device, tuple[Staging, list[Offload]]] = field(default_factory=dict)
 
     def head(self, device: torch.device) -> Head:
         return Head(self.source.tensor(FINAL_NORM, self.dtype, device), _linear(self._weight(HEAD, device)))
 
-    def layer(self, layer: int, device: torch.device) -> EngineLayer:
-        """Layer `layer`, 0-based, whole on `device`."""
+    def layer(self, layer: int, device: torch.device, far: int) -> EngineLayer:
+        """Layer `layer`, 0-based, on `device` but for the last `far` of its experts."""
         cfg, prefix = self.source.config, f"model.layers.{layer}."
 
         def plain(field: str, name: str) -> Tensor:
@@ -135,7 +153,7 @@ class Builder:
 
         attn, fused = (self._mla if cfg.is_mla(layer) else self._kda)(plain, weight)
         moe = cfg.is_moe(layer)
-        mlp = self._moe(prefix, plain, weight, device) if moe else self._mlp(prefix, DENSE_NAMES, weight)
+        mlp = self._moe(prefix, plain, weight, device, far) if moe else self._mlp(prefix, DENSE_NAMES, weight)
         norms = {field: plain(field, name) for field, name in NORM_NAMES.items()}
         return EngineLayer(LayerWeights(attn=attn, mlp=mlp, **norms), fused)
 
@@ -174,7 +192,9 @@ class Builder:
         spec = self._joint(prefix, [names["gate_proj"], names["up_proj"]])
         return QuantMLP.of(_on(gate, spec), _on(up, spec), down)
 
-    def _moe(self, prefix: str, plain: Callable, weight: Callable, device: torch.device) -> PackedMoE | MoEWeights:
+    def _moe(
+        self, prefix: str, plain: Callable, weight: Callable, device: torch.device, far: int
+    ) -> PackedMoE | MoEWeights:  # fmt: skip
         router = {field: plain(field, name) for field, name in ROUTER_NAMES.items()}
         shared = self._mlp(prefix, SHARED_NAMES, weight)
         count = range(self.source.config.num_experts)
@@ -190,20 +210,28 @@ class Builder:
 
         if not self.packed:
             return MoEWeights(**router, **{role: some(role, 0, len(count)) for role in names}, shared=shared)
-        return PackedMoE(**router, experts=QuantExperts(*self._experts(some), shared))
+        near = len(count) - far
+        packed = self._experts(some, 0, near, lambda t, count: t.new_empty(count, *t.shape[1:]))
+        offload = None
+        if far:
+            staging, others = self.offloads.setdefault(device, (Staging(), []))
+            offload = Offload.of(near, self._experts(some, near, len(count), _locked), device, staging)
+            others.append(offload)
+        return PackedMoE(**router, experts=QuantExperts(*packed, shared, offload))
 
-    def _experts(self, some: Callable) -> list[Packed]:
-        """Gate and up, and down, of all experts; packed a few at a time, for codes take room."""
-        cfg, whole = self.source.config, []
+    def _experts(self, some: Callable, start: int, stop: int, room: Callable) -> tuple[Packed, Packed]:
+        """Gate and up, and down, of experts start … stop − 1 in what `room` makes; packed a few at a time, for codes
+        take room."""
+        cfg, whole = self.source.config, ()
         step = max(1, CODES_AT_ONCE // (cfg.moe_intermediate_size * cfg.hidden_size))
-        for first in range(0, cfg.num_experts, step):
-            last = min(first + step, cfg.num_experts)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
             parts = pack_mlp(*(some(role, first, last) for role in ("w1", "w3", "w2")))
-            whole = whole or [p.map(lambda t: t.new_empty(cfg.num_experts, *t.shape[1:])) for p in parts]
+            whole = whole or tuple(p.map(lambda t: room(t, stop - start)) for p in parts)
             for into, part in zip(whole, parts, strict=True):
                 for t, new in zip(into.tensors, part.tensors, strict=True):
                     if t is not None:
-                        t[first:last] = new
+                        t[first - start : last - start] = new
         return whole
 
     def _joint(self, prefix: str, names: list[str]) -> WeightSpec | None:
@@ -244,6 +272,12 @@ def _on(w: Weight, spec: WeightSpec | None) -> Weight:
     if isinstance(w, Tensor):
         return w
     return w.on(spec) if spec is not None else w.values()
+
+
+def _locked(like: Tensor, count: int) -> Tensor:
+    """Room for `count` experts in the host's memory, where a GPU reads and writes them."""
+    shape = count, *like.shape[1:]
+    return locked_pages(prod(shape) * like.itemsize).view(like.dtype).view(shape)
 
 
 def _cat(parts: list[Weight]) -> Weight:

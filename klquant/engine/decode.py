@@ -41,7 +41,7 @@ def decode_layer(
         h_BC, x_BC, *routes = add_rms_norm_route(
             h_BC, delta_BC, w.model.post_norm, cfg.rms_eps, *choice(cfg, w.model.mlp), turns.view(-1)[:tokens]
         )
-        return h_BC, w.model.mlp.experts.parts(x_BC, *routes, turns.view(-1)[tokens:])
+        return h_BC, w.model.mlp.experts.parts(x_BC, *routes, turns.view(-1)[tokens:], rows.slot_B)
     h_BC, x_BC = add_rms_norm(h_BC, delta_BC, w.model.post_norm, cfg.rms_eps)
     return h_BC, feed(cfg, w.model.mlp, x_BC)
 

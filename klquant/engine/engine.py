@@ -17,7 +17,7 @@ from klquant.engine.job import Job
 from klquant.engine.limits import Limits
 from klquant.engine.load import Progress, default_dtype, load_weights, place
 from klquant.engine.loop import Loop
-from klquant.engine.placement import Placement, find_devices
+from klquant.engine.placement import Placement, find_devices, host_room
 from klquant.engine.request import Answer, Delta, SamplingParams, default_params, end_tokens
 from klquant.engine.runner import Runner
 from klquant.engine.scheduler import Scheduler
@@ -64,8 +64,9 @@ class Engine:
         """Load a checkpoint folder, in 16 bits or quantized.
 
         devices: "cuda:0,cuda:1", "cpu", … (None: all GPUs, or the CPU without one). max_memory: bytes by device name,
-        at most what is free. progress: called with (bytes read, bytes in all). limits: fields of Limits, such as
-        `max_context=32768, max_batch=4`.
+        at most what is free; beside GPUs `cpu` is what experts may take of the host's memory where the GPUs have no
+        room for them (without it four fifths of what is free). progress: called with (bytes read, bytes in all).
+        limits: fields of Limits, such as `max_context=32768, max_batch=4`.
         Raises UserError for a damaged or unsupported checkpoint, an unknown device, and when it does not fit: with what
         is missing and what would fit.
         """
@@ -79,7 +80,7 @@ class Engine:
         dtype = default_dtype(found)
         placement = place(
             Outline.of(reader), found, dtype, context=room.pages * PAGE_SIZE, sequences=room.max_batch,
-            prefixes=room.prefixes, cache_bits=room.cache_bits,
+            prefixes=room.prefixes, cache_bits=room.cache_bits, host=host_room(max_memory),
         )  # fmt: skip
         weights = load_weights(reader, placement, dtype, progress)
         return cls(weights, tokenizer, room, defaults=defaults, ends=ends, placement=placement)

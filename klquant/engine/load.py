@@ -39,9 +39,10 @@ def default_dtype(devices: Mapping[torch.device, int]) -> torch.dtype:
 
 def place(
     outline: Outline, devices: Mapping[torch.device, int], dtype: torch.dtype, *, context: int, sequences: int = 1,
-    prefixes: int = 0, cache_bits: int = 16,
+    prefixes: int = 0, cache_bits: int = 16, host: int = 0,
 ) -> Placement:  # fmt: skip
-    """Where a model goes (`plan_placement`). On a CPU weights are plain tensors of `dtype` if they fit so.
+    """Where a model goes (`plan_placement`). On a CPU weights are plain tensors of `dtype` if they fit so. host: bytes
+    of experts that may lie in the host's memory, where cards have no room for them.
 
     Raises UserError as well where the model has sizes that the kernels of a GPU cannot serve.
     """
@@ -57,7 +58,8 @@ def place(
             pass
     else:
         _require_kernels(outline.config)
-    return plan_placement(outline.config, held_sizes(outline, dtype), devices, **options)
+    host = 0 if CPU in devices else host
+    return plan_placement(outline.config, held_sizes(outline, dtype), devices, host=host, **options)
 
 
 def _require_kernels(config: KimiLinearConfig) -> None:

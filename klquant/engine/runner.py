@@ -8,6 +8,7 @@ slot: a step can be launched before the host has seen the last one's tokens.
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
@@ -197,11 +198,18 @@ class Runner:
     ) -> Tensor:
         """A stage's layers for the rows of a chunk: the stream behind them."""
         delta_SC = None
-        for layer in stage.layers:
-            w = self.weights.layers[layer]
-            h_SC, delta_SC = prefill_layer(self.cfg, layer, w, (h_SC, delta_SC), stage.state, chunk)
-            if after_layer:
-                after_layer(layer, h_SC + added_up(delta_SC, h_SC.dtype))
+        try:
+            for layer in stage.layers:
+                w = self.weights.layers[layer]
+                h_SC, delta_SC = prefill_layer(self.cfg, layer, w, (h_SC, delta_SC), stage.state, chunk)
+                if after_layer:
+                    after_layer(layer, h_SC + added_up(delta_SC, h_SC.dtype))
+        except BaseException:
+            # The next layer's experts may be on their way (`Staging`), and a graph would not wait for them.
+            if stage.device.type == "cuda":
+                with suppress(RuntimeError):
+                    torch.cuda.synchronize(stage.device)
+            raise
         return h_SC + added_up(delta_SC, h_SC.dtype)
 
     def _graphed_rows(self, spans: Sequence[Span]) -> int:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.engine.placement import PARTS, Placement
+from klquant.engine.placement import CPU, PARTS, Placement
 from klquant.engine.weights import EngineWeights, storage_bytes
+from klquant.kernels.moe.dispatch import QuantExperts
+from klquant.model.weights import PackedMoE
 from klquant.recipe.memory import WeightSizes, kda_state_bytes, latent_bytes
 
 
@@ -21,10 +23,9 @@ class Usage:
 
 
 def predicted_usage(placement: Placement) -> list[Usage]:
-    """A row a part and device, and one for an embedding that is on the CPU beside GPUs; nothing is measured yet."""
+    """A row a part and device, and one for what lies on the CPU beside GPUs; nothing is measured yet."""
     rows = [Usage(share.device, part, getattr(share, part), None) for share in placement.shares for part in PARTS]
-    aside = placement.memory.embedding_on_cpu
-    return rows + ([Usage(placement.embedding, "weights", placement.embedding_bytes, None)] if aside else [])
+    return rows + ([Usage(CPU, "weights", placement.on_host, None)] if placement.on_host else [])
 
 
 def measured_usage(placement: Placement, weights: EngineWeights, latent: object, kda: object) -> list[Usage]:
@@ -47,6 +48,25 @@ def measured_usage(placement: Placement, weights: EngineWeights, latent: object,
         return total - free - peak
 
     return [Usage(row.device, row.part, row.predicted, actual(row)) for row in predicted_usage(placement)]
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """Of decode steps while experts lie in the host's memory: experts that layers chose, each counted once a step, and
+    those of them that were not on the card."""
+
+    chosen: int
+    missing: int
+
+    def since(self, earlier: "Offloaded") -> "Offloaded":
+        return Offloaded(self.chosen - earlier.chosen, self.missing - earlier.missing)
+
+
+def count_offloaded(weights: EngineWeights) -> Offloaded | None:
+    """Since the model was loaded; None where all experts are on cards. Waits for the cards."""
+    packed = (layer.model.mlp.experts for layer in weights.layers if isinstance(layer.model.mlp, PackedMoE))
+    totals = [e.offload.totals.tolist() for e in packed if isinstance(e, QuantExperts) and e.offload]
+    return Offloaded(sum(t[1] for t in totals), sum(t[2] for t in totals)) if totals else None
 
 
 @dataclass(frozen=True)

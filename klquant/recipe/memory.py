@@ -15,6 +15,7 @@ CONTEXTS = (8_192, 131_072, 1_048_576)
 GRAPHED_PROMPT = 1_024  # longest prompt that is a CUDA graph; with longer ones a GPU has more to do than the host
 PREFILL_CHUNK = 4_096  # tokens prefilled at a time; longer chunks need more workspace and gain little speed
 PAST_BLOCK = 8_192  # tokens before a chunk whose latents are expanded at a time: klquant.model.mla.LATENT_BLOCK
+STAGING_MOST = GIB // 2  # room on a card to copy experts that lie on the host into, while a prompt is read
 RUNTIME_ESTIMATE = 3 * GIB // 4  # a device: CUDA context, kernels, captured graphs, allocator slack
 
 # Cards by what they are sold as → (how many, GiB each). GiB is about what PyTorch reports as a card's total capacity,
@@ -95,6 +96,45 @@ class Memory:
     def fits(self) -> list[str]:
         """The names in CARDS that hold it."""
         return [name for name, (count, gib) in CARDS.items() if self.needed(count) <= gib * GIB]
+
+
+def experts_leaving(config: KimiLinearConfig, routed: Sequence[int], missing: int) -> int | None:
+    """How many experts of each of these layers have to lie in the host's memory for a card to gain `missing` bytes.
+
+    routed: bytes of the layers' experts, 0 for a layer that has none. None: more than can, for a layer keeps as many as
+    a token needs.
+    """
+    if missing <= 0:
+        return 0
+    each = [r // config.num_experts for r in routed if r]
+    missing += len(each) * expert_table_bytes(config)
+    most = config.num_experts - config.top_k
+    leave = -(-missing // sum(each)) if each else most + 1
+    while leave <= most and leave * sum(each) < missing + staging_bytes(leave * max(each), len(each)):
+        leave += 1
+    return leave if leave <= most else None
+
+
+def staging_bytes(largest: int, layers: int) -> int:
+    """What a card holds so that experts that left come back for a prompt while the layer before is at work: twice the
+    `largest` layer's of them, or nothing where that is much, or more than a quarter of all that left."""
+    return 2 * largest if layers >= 8 and 2 * largest <= STAGING_MOST else 0
+
+
+def expert_table_bytes(config: KimiLinearConfig) -> int:
+    """What a card holds of a layer to know where its experts lie: `klquant.kernels.moe.offload.Offload`."""
+    return config.num_experts * (4 + 8) + 3 * 8
+
+
+def offloaded(config: KimiLinearConfig, weights: WeightSizes, memory: Memory) -> dict[str, int]:
+    """Of single cards that do not hold it: bytes of experts in the host's memory, beside the embedding, with which they
+    do."""
+    found, total = {}, memory.total - (0 if memory.embedding_on_cpu else weights.embedding)
+    for name, (count, gib) in CARDS.items():
+        leave = experts_leaving(config, weights.routed, total - int(gib * GIB)) if count == 1 else None
+        if leave:
+            found[name] = leave * (sum(weights.routed) // config.num_experts)
+    return found
 
 
 def contexts(config: KimiLinearConfig) -> list[int]:

@@ -17,6 +17,7 @@ from klquant.engine.prefill import Span
 from klquant.engine.request import SamplingParams
 from klquant.engine.runner import BEFORE_GRAPH, GRAPHED
 from klquant.engine.session import Session
+from klquant.engine.usage import count_offloaded
 from klquant.model.forward import Model
 from tests.model.oracle import oracle
 
@@ -85,6 +86,28 @@ def test_a_prompt_in_a_graph_is_the_prompt(trained):
     assert all(
         torch.equal(t[0], other) for t, other in zip((t for p in kda for t in (p.s, p.conv)), others[1:], strict=True)
     )
+
+
+@pytest.mark.parametrize("leaving", [1, 4, 6])
+def test_answers_do_not_depend_on_where_experts_lie(trained, demo_model, leaving):
+    """Alone, together, and in prompts of all sizes; most experts come and go."""
+    reader = QuantizedReader.open(demo_model)
+    places = OneDevice(torch.device("cuda", 0), reader.config.num_layers, leaving=leaving)
+    weights = load_weights(reader, places, torch.bfloat16)
+    layers = [layer.model.mlp.experts.offload for layer in weights.layers[1:]]
+    # Too few layers to do so on their own.
+    layers[0].staging.open(layers, max(sum(w.nbytes for w in layer.far) for layer in layers))
+    here, there = Engine(*trained, LIMITS), Engine(weights, trained[1], LIMITS)
+    texts = prompts(trained[1])
+    for params in (GREEDY, DRAWN):
+        # The longest often enough to become a graph, and sequences that decode between two chunks of prompts.
+        for asked in (texts[:1], texts[3:4], texts, *[texts[6:]] * (BEFORE_GRAPH + 2), texts):
+            want, got = (engine.generate(asked, params) for engine in (here, there))
+            assert [a.tokens for a in got] == [a.tokens for a in want]
+    found = count_offloaded(weights)
+    assert 0 < found.missing < found.chosen and count_offloaded(trained[0]) is None
+    assert any(key[0] == "prompt" for graphs in there.runner._graphs.values() for key in graphs._captured)
+    assert len({id(layer.staging) for layer in layers}) == 1
 
 
 def test_most_tokens_are_the_fp32_models(trained, demo_model):

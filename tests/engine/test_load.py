@@ -1,8 +1,10 @@
 """Checkpoints of every kind that is read: the same values packed, unpacked and in the plain model."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from klquant.checkpoint.names import expected_tensors
 from klquant.checkpoint.quantized import QuantizedReader
+from klquant.engine import build
+from klquant.engine.build import OneDevice
 from klquant.engine.load import load_weights, place
 from klquant.engine.prefill import Span
 from klquant.engine.request import SamplingParams
@@ -22,6 +26,7 @@ from klquant.kernels.linear.layout import split_rows, unpack, values
 from klquant.kernels.mla.pages import PAGE_SIZE
 from klquant.model.forward import Model
 from klquant.model.weights import MoEWeights, PackedMoE, linear
+from klquant.recipe.memory import expert_table_bytes
 from tests.engine.build import CPU, RULES, checkpoint, exact_model, general_path, load
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
@@ -90,6 +95,47 @@ def test_codes_and_scales_are_the_checkpoints(folder):
                 if stored is not None:
                     want = reader.quantized(module).decode()
                 assert torch.equal(found[e], want), module
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_experts_that_leave_are_the_last_of_each_layer(staged, folder, monkeypatch):
+    """Nothing is locked on a CPU; all else is as it would be for a GPU. With the weights their memory goes."""
+    locked = {}
+    cuda = SimpleNamespace(
+        cudaHostRegister=lambda address, nbytes, flags: locked.update({address: nbytes}) or 0,
+        cudaHostUnregister=locked.pop,
+    )
+    monkeypatch.setattr("torch.cuda.cudart", lambda: cuda)
+    if staged:  # these are too few layers to do so on their own
+        monkeypatch.setattr(build, "staging_bytes", lambda largest, layers: 2 * largest)
+    reader, leave = QuantizedReader.open(folder), 3
+    whole, split = (
+        load_weights(reader, OneDevice(CPU, reader.config.num_layers, leaving=n), torch.float32) for n in (0, leave)
+    )  # fmt: skip
+    assert whole.notes == split.notes
+    most = 0
+    for a, b in zip(whole.layers, split.layers, strict=True):
+        if not isinstance(a.model.mlp, PackedMoE):
+            assert storage_bytes(a) == storage_bytes(b)
+            continue
+        one, two = a.model.mlp.experts, b.model.mlp.experts
+        assert one.offload is None and two.count == one.count and two.offload.near == one.count - leave
+        for want, here, far in zip((one.gate_up, one.down), (two.gate_up, two.down), two.offload.far, strict=True):
+            assert far.experts == leave and (far.spec, far.n, far.k) == (want.spec, want.n, want.k)
+            for t, near_t, far_t in zip(want.tensors, here.tensors, far.tensors, strict=True):
+                assert t is None or torch.equal(t, torch.cat([near_t, far_t]))
+        rooms, moved = two.offload.staging.rooms, sum(w.nbytes for w in two.offload.far)
+        assert len(rooms) == (2 if staged else 0) and all(room.nbytes >= moved for room in rooms)
+        more = storage_bytes(b)[CPU] - storage_bytes(a)[CPU]
+        assert more == expert_table_bytes(reader.config) + sum(room.nbytes for room in rooms)
+        most = max(most, moved)
+    assert {room.nbytes for room in rooms} == ({most} if staged else set()) and sum(locked.values()) >= most
+    gc.disable()
+    try:
+        del split, b, two, here, far, t, near_t, far_t, rooms
+        assert not locked
+    finally:
+        gc.enable()
 
 
 def test_planned_bytes_are_held_bytes(folder):

@@ -8,12 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klquant.engine import placement as module
-from klquant.engine.placement import CPU, PARTS, find_devices, plan_placement
+from klquant.engine.placement import CPU, PARTS, find_devices, host_room, plan_placement
 from klquant.engine.sizes import held_sizes
 from klquant.engine.synthetic import parse_synthetic, synthetic_outline, synthetic_plan
 from klquant.errors import UserError
 from klquant.model.mla import LATENT_BLOCK
-from klquant.recipe.memory import GIB, PAST_BLOCK, WeightSizes, best_split, predict_memory
+from klquant.recipe.memory import (
+    GIB,
+    PAST_BLOCK,
+    WeightSizes,
+    best_split,
+    expert_table_bytes,
+    predict_memory,
+    staging_bytes,
+)
 from tests.recipe.build import index
 
 CONFIG = index()[0]
@@ -74,6 +82,94 @@ def test_a_placement_keeps_every_promise_or_says_what_is_missing(sizes, rooms, c
         memory = predict_memory(CONFIG, sizes, **options)
         rooms = [room - memory.workspace - memory.runtime for room in rooms]
         assert best_split(memory.stages, memory.reads, rooms).missing
+
+
+def splits_that_fit(sizes, rooms, context):
+    """The layer after each card's last, of every split in which some number of experts can leave the layers of each."""
+    memory = predict_memory(CONFIG, sizes, context, embedding_on_cpu=True)
+    count, most = CONFIG.num_layers, CONFIG.num_experts - CONFIG.top_k
+
+    def fits(start, end, room):
+        each = [sizes.routed[i] // CONFIG.num_experts for i in range(start, end) if sizes.routed[i]]
+        held = sum(memory.stages[start:end]) + memory.workspace + memory.runtime
+        more = len(each) * expert_table_bytes(CONFIG)
+        return start == end or held <= room or any(
+            held + more + staging_bytes(n * max(each), len(each)) - n * sum(each) <= room for n in range(1, most + 1)
+            if each
+        )  # fmt: skip
+
+    every = [(0, *cuts, count) for cuts in combinations_with_replacement(range(count + 1), len(rooms) - 1)]
+    return [ends for ends in every if all(map(fits, ends, ends[1:], rooms))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    models(), st.lists(st.integers(100, 4000).map(lambda x: x << 20), min_size=1, max_size=3),
+    st.integers(0, 3000).map(lambda x: x << 20) | st.just(1 << 60),
+)  # fmt: skip
+def test_experts_leave_cards_only_where_they_must_and_no_more_than_may(sizes, rooms, host):
+    devices, options = dict(zip(CARDS, rooms, strict=False)), {"context": 4096}
+    count, moe = CONFIG.num_experts, [CONFIG.is_moe(i) for i in range(CONFIG.num_layers)]
+    try:
+        without = plan_placement(CONFIG, sizes, devices, **options)
+    except UserError:
+        without = None
+    try:
+        found = plan_placement(CONFIG, sizes, devices, host=host, **options)
+    except UserError as error:
+        assert without is None and "GiB are missing" in str(error) and "\n" not in str(error)
+        if host >= 1 << 60:
+            assert not splits_that_fit(sizes, rooms, options["context"])
+        return
+    if without:
+        assert found == without and not any(found.far) and found.offloaded == 0 and found.note is None
+        return
+    assert 0 < found.offloaded <= host and found.memory.embedding_on_cpu and "\n" not in found.note
+    assert found.on_host == found.offloaded + sizes.embedding
+    extra = 0
+    for share in found.shares:
+        assert share.total <= share.room
+        leave = {found.far[i] for i in share.layers if moe[i]}
+        assert all(found.far[i] == 0 for i in share.layers if not moe[i])
+        if share.offloaded:
+            (leave,) = leave
+            assert 0 < leave <= count - CONFIG.top_k
+            each = [sizes.routed[i] // count for i in share.layers if moe[i]]
+            tables = len(each) * expert_table_bytes(CONFIG)
+            staging, less = (staging_bytes(n * max(each), len(each)) for n in (leave, leave - 1))
+            assert share.offloaded == leave * sum(each)
+            whole = share.total + share.offloaded - tables - staging
+            # One less a layer would not have been enough.
+            assert whole - (leave - 1) * sum(each) + tables + less > share.room
+            extra += tables + staging
+    assert sum(share.weights + share.offloaded for share in found.shares) == found.memory.weights + extra
+
+
+def test_int4_runs_on_one_24_gb_card_with_experts_on_the_host(big):
+    config, sizes = big
+    found = plan_placement(config, sizes, {CARDS[0]: int(23.5 * GIB)}, context=8192, host=8 * GIB)
+    assert max(found.far) < 40 and found.offloaded < 3 * GIB
+    # A prompt's experts come while the layer before is at work: room for two layers' of them.
+    assert found.shares[0].weights + found.offloaded > found.memory.weights + 2 * max(found.far) * (3 << 20)
+    assert found.instead == ("the recipe int3",) and "2.8 GiB of experts" in found.note
+    with pytest.raises(UserError, match=r"2\.8 GiB of experts in the host's memory, of which they may take 1\.0$"):
+        plan_placement(config, sizes, {CARDS[0]: int(23.5 * GIB)}, context=8192, host=GIB)
+    with pytest.raises(UserError, match=r"nothing klquant makes, at any context$"):
+        plan_placement(config, sizes, {CARDS[0]: 2 * GIB}, context=8192, host=1 << 50)
+    with pytest.raises(UserError, match=r"what would fit: an 8-bit latent cache; a context of [\d,]+ tokens") as error:
+        plan_placement(config, sizes, {CARDS[0]: int(10.5 * GIB)}, context=1 << 20, host=1 << 40)
+    assert "nothing" not in str(error.value)
+
+
+def test_a_small_second_card_is_no_harm(big):
+    config, sizes = big
+    alone = plan_placement(config, sizes, {CARDS[0]: 20 * GIB}, context=8192, host=1 << 40)
+    for gib in (1.7, 2.0, 2.4, 6):
+        for cards in ((CARDS[0], CARDS[1]), (CARDS[1], CARDS[0])):
+            rooms = {card: int((20 if card == CARDS[0] else gib) * GIB) for card in cards}
+            both = plan_placement(config, sizes, rooms, context=8192, host=1 << 40)
+            assert both.offloaded <= alone.offloaded
+            assert sum(n * n for n in both.far) <= sum(n * n for n in alone.far)
 
 
 def test_equal_cards_read_alike_and_unequal_ones_as_far_as_they_have_room():
@@ -158,6 +254,9 @@ def test_devices_by_name(monkeypatch):
     monkeypatch.setattr(module, "limit_memory", held.__setitem__)
     assert find_devices("cuda") == {CARDS[0]: 100} and not held
     assert find_devices("cuda", {"cuda:0": 70}) == {CARDS[0]: 70}
+    assert find_devices("cuda", {"cpu": 0}) == {CARDS[0]: 100}
+    monkeypatch.setattr(module, "free_memory", lambda device=None: 100)
+    assert [host_room(asked) for asked in (None, {"cpu": 0}, {"cpu": 70}, {"cpu": 200})] == [80, 0, 70, 100]
     assert find_devices("cuda", {"cuda:0": 1 << 30}) == {CARDS[0]: 100}
     assert held == {CARDS[0]: (1 << 30) - module.CUDA_CONTEXT}
     with pytest.raises(UserError, match=r"An Old Card has compute capability 7\.9"):

@@ -1,7 +1,17 @@
 import pytest
 
 from klquant.checkpoint.index import read_tensor_index
-from klquant.recipe.memory import GIB, Memory, WeightSizes, contexts, kda_state_bytes, latent_bytes, predict_memory
+from klquant.recipe.memory import (
+    CARDS,
+    GIB,
+    Memory,
+    WeightSizes,
+    contexts,
+    kda_state_bytes,
+    latent_bytes,
+    offloaded,
+    predict_memory,
+)
 from klquant.recipe.plan import make_plan
 from klquant.recipe.schema import load_recipe
 from tests.recipe.build import index
@@ -43,6 +53,17 @@ def test_int3_fits_one_24_gb_card_and_int4_two(big):
     assert "24 GB" in fits("int3") and "24 GB" not in fits("int4")
     assert "2×24 GB" in fits("int4", context=1 << 20)
     assert fits("int8") == ["80 GB"]
+
+
+def test_what_fits_with_experts_on_the_host(big):
+    """A card that holds it is not named; a smaller one leaves more; what leaves is whole experts of every layer."""
+    config, weights = big[0], sizes(big, "int4")
+    memory = predict_memory(config, weights, 8_192, embedding_on_cpu=True)
+    found = offloaded(config, weights, memory)
+    assert list(found) == ["12 GB", "16 GB", "24 GB"]
+    assert found["12 GB"] > found["16 GB"] > found["24 GB"] >= memory.total - CARDS["24 GB"][1] * GIB
+    assert not any(size % (sum(weights.routed) // config.num_experts) for size in found.values())
+    assert not offloaded(config, WeightSizes(0, weights.layers, 0, (0,) * config.num_layers), memory)
 
 
 def test_sequences_multiply_the_state_only(big):
