@@ -46,7 +46,8 @@ class Numbers(click.ParamType):
 @click.option("--recipe", help=f"With --synthetic: what the weights are stored as.  [default: {DEFAULT_RECIPE}]")
 @click.option("--devices", "--device", metavar="NAMES", help="cuda:0,cuda:1 or cpu.  [default: all GPUs, or the CPU]")
 @click.option("--max-memory", type=DeviceSizes(), metavar="SIZES",
-              help="What devices may use at most: cuda:0=20GiB,cuda:1=11GiB.  [default: what is free]")  # fmt: skip
+              help="What devices may use at most: cuda:0=20GiB,cuda:1=11GiB; cpu=0 keeps experts that GPUs have no "
+              "room for out of the host's memory.  [default: what is free]")  # fmt: skip
 @click.option("--cache-bits", type=click.Choice(["16", "8"]), default="16", show_default=True,
               help="Bits of a latent in the cache.")  # fmt: skip
 @click.option("--prefill", type=Numbers(), help="Prompt lengths, such as 512,16k; 0 for none.  [default: by device]")
@@ -72,7 +73,7 @@ def command(
     from klquant.cli.bench_table import Notes, print_bench
     from klquant.engine.bench import Cells
     from klquant.engine.engine import default_devices
-    from klquant.engine.placement import find_devices
+    from klquant.engine.placement import find_devices, host_room
 
     found = find_devices(default_devices() if devices is None else devices, max_memory)
     kind = next(iter(found)).type
@@ -82,7 +83,7 @@ def command(
     with Notes(quiet=as_json) as notes:
         if kind == "cpu":
             notes.note("no GPU: this times the plain torch path, which is slow and only meant to work everywhere")
-        result = run(source, found, cells, int(cache_bits), notes)
+        result = run(source, found, cells, int(cache_bits), host_room(max_memory), notes)
     if as_json:
         click.echo(json.dumps(bench_json(result), indent=1))
     else:

@@ -1,6 +1,7 @@
 """What `klquant bench` does between its options and its tables: place, load, measure, and say it in JSON."""
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import torch
@@ -38,13 +39,13 @@ class Bench:
     decode: dict[tuple[int, int], Decode | None]
 
 
-def run(source, devices: dict[torch.device, int], cells: Cells, cache_bits: int, notes) -> Bench:
-    """Load, then measure every cell that fits."""
+def run(source, devices: dict[torch.device, int], cells: Cells, cache_bits: int, host: int, notes) -> Bench:
+    """Load, then measure every cell that fits. host: bytes of experts that may lie in the host's memory."""
     outline, dtype, first = source.outline, default_dtype(devices), next(iter(devices))
     wanted, cells = cells, cells.within(outline.config)
     if cells != wanted:
         notes.note(f"left out what is beyond the model's own context of {outline.config.max_context:,} tokens")
-    placement = _place(outline, devices, dtype, cells, cache_bits)
+    placement = _place(outline, devices, dtype, cells, cache_bits, host)
     if cells.prefill and (said := building_note(first, dtype)):
         notes.note(said)
     copy_bytes_s = copy_rate(first)
@@ -59,7 +60,8 @@ def run(source, devices: dict[torch.device, int], cells: Cells, cache_bits: int,
         max_context=min(cells.longest, cached), cache_bits=cache_bits,
     )  # fmt: skip
     bench.fill_with_noise(runner)
-    launches = bench.count_launches(runner)
+    # With experts in the host's memory another card's time is not a matter of its own bytes and launches.
+    launches = None if placement.offloaded else bench.count_launches(runner)
     ceilings = Ceilings(copy_bytes_s, launch_seconds(first) if launches else None, launches)
     for device in weights.devices:
         if device.type == "cuda":
@@ -77,25 +79,29 @@ def run(source, devices: dict[torch.device, int], cells: Cells, cache_bits: int,
             decode[context, batch] = (
                 bench.measure_decode(runner, sizes, batch, context, cells.steps, cache_bits) if fits else None
             )
+    said = tuple(filter(None, (*weights.notes, placement.note)))
     latent, kda = ([getattr(stage.state, name) for stage in runner.stages] for name in ("latent", "kda"))
     return Bench(
         source.name, source.recipe, tuple(map(_device_name, weights.devices)), str(dtype).removeprefix("torch."),
-        cache_bits, load_s, weights.notes, measured_usage(placement, weights, latent, kda), ceilings, prefill, decode,
+        cache_bits, load_s, said, measured_usage(placement, weights, latent, kda), ceilings, prefill, decode,
     )  # fmt: skip
 
 
 def _place(
-    outline: Outline, devices: dict[torch.device, int], dtype: torch.dtype, cells: Cells, cache_bits: int
+    outline: Outline, devices: dict[torch.device, int], dtype: torch.dtype, cells: Cells, cache_bits: int, host: int
 ) -> Placement:
     """Room for the largest cell that fits, and so for all smaller ones. Not for all the cache there can be: the
-    embedding may have to leave the GPU for that, at the cost of each step of every cell."""
+    embedding may have to leave the GPU for that, at the cost of each step of every cell. Where not even the smallest
+    does, experts give way to it, and to larger ones as long as those are not twice as many."""
     needs = {"sequences": max((1, *cells.batch)), "cache_bits": cache_bits}
     for tokens in cells.caches:
-        try:
+        with suppress(UserError):
             return place(outline, devices, dtype, context=tokens, **needs)
-        except UserError as error:
-            refusal = error
-    raise refusal
+    found = place(outline, devices, dtype, context=cells.caches[-1], host=host, **needs)
+    for tokens in cells.caches:
+        with suppress(UserError):
+            return place(outline, devices, dtype, context=tokens, host=min(host, 2 * found.offloaded), **needs)
+    return found
 
 
 def _device_name(device: torch.device) -> str:
@@ -113,6 +119,8 @@ def bench_json(result: Bench) -> dict:
         decode.append({
             "batch": batch, "context": context, "fits": True, "steps": row.steps, "step_s": row.step_s,
             "tokens_s": row.tokens_s, "bytes_moved": asdict(row.traffic) | {"total": row.traffic.total},
+            "experts_chosen": row.offloaded and row.offloaded.chosen,
+            "experts_not_on_gpu": row.offloaded and row.offloaded.missing,
             "of_copy": row.bytes_s / result.ceilings.copy_bytes_s, "rtx_4090_predicted_tokens_s": card,
         })  # fmt: skip
     return {

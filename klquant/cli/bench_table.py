@@ -87,7 +87,8 @@ def _decode_table(result: "Bench") -> Table:
     from klquant.cli.bench_run import predicted_tokens_s
 
     predicted = ["RTX 4090\npredicted"] if result.ceilings.launches else []
-    rows = _columns("context", "batch", "step, ms", "tokens/s", "moved", "of copy", *predicted)
+    aside = ["experts not\non the GPU"] if any(row and row.offloaded for row in result.decode.values()) else []
+    rows = _columns("context", "batch", "step, ms", "tokens/s", "moved", "of copy", *predicted, *aside)
     for (context, batch), row in result.decode.items():
         if row is None:
             rows.add_row(tokens(context), str(batch), NO_ROOM)
@@ -95,7 +96,9 @@ def _decode_table(result: "Bench") -> Table:
         cells = [f"{row.step_s * 1e3:.2f}", f"{row.tokens_s:,.0f}", decimal(row.traffic.total)]
         cells.append(f"{row.bytes_s / result.ceilings.copy_bytes_s:.0%}")
         card = predicted_tokens_s(result.ceilings, row)
-        rows.add_row(tokens(context), str(batch), *cells, *([f"{card:,.0f}"] if card else []))
+        found = row.offloaded
+        of_chosen = [f"{found.missing / max(1, found.chosen):.1%}"] if found else []
+        rows.add_row(tokens(context), str(batch), *cells, *([f"{card:,.0f}"] if card else []), *of_chosen)
     return rows
 
 

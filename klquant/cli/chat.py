@@ -99,6 +99,8 @@ def _interrupt(stop) -> Iterator[None]:
 
 def stats(chat, engine) -> Iterator[str]:
     """Lines on the conversation, the last answer and the memory."""
+    from klquant.engine.usage import count_offloaded
+
     tokens = chat.session.tokens
     yield f"context: {len(tokens):,} of {engine.limits.max_context:,} tokens"
     if tokens:
@@ -107,6 +109,9 @@ def stats(chat, engine) -> Iterator[str]:
         rate = f", then {(len(answer.tokens) - 1) / after:,.1f} tokens/s" if len(answer.tokens) > 1 else ""
         yield f"last answer: {len(answer.tokens):,} tokens, the first after {answer.seconds_to_first:.2f} s{rate}"
         yield f"seed: {answer.seed}"
+    if found := count_offloaded(engine.runner.weights):
+        share = 1 - found.missing / max(1, found.chosen)
+        yield f"experts: {share:.1%} of those that were needed were on the GPU; the others came from the host's memory"
     for row in engine.usage():
         if row.actual is not None:
             name = row.part.replace("_", " ")

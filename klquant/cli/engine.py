@@ -51,7 +51,9 @@ class DeviceSizes(click.ParamType):
         pairs = [part.partition("=") for part in value.split(",")]
         if not all(name and size for name, _, size in pairs):
             self.fail(f"{value!r} is not DEVICE=SIZE,…; write cuda:0=20GiB", param, ctx)
-        sizes = {name.strip(): Size().convert(size, param, ctx) for name, _, size in pairs}
+        # Nothing of the host's memory is an answer; nothing of a GPU's is a slip.
+        named = ((name.strip(), size) for name, _, size in pairs)
+        sizes = {name: Size(least=0 if name == "cpu" else 1).convert(size, param, ctx) for name, size in named}
         if len(sizes) < len(pairs):
             self.fail(f"{value!r} names a device twice", param, ctx)
         return sizes
@@ -61,7 +63,8 @@ _LOADING = (
     click.option("--devices", "--device", metavar="NAMES",
                  help="cuda:0,cuda:1 or cpu.  [default: all GPUs, or the CPU]"),
     click.option("--max-memory", type=DeviceSizes(), metavar="SIZES",
-                 help="What devices may use at most: cuda:0=20GiB,cuda:1=11GiB.  [default: what is free]"),
+                 help="What devices may use at most: cuda:0=20GiB,cuda:1=11GiB; cpu=0 keeps experts that GPUs have no "
+                 "room for out of the host's memory.  [default: what is free]"),
     click.option("--max-context", type=click.IntRange(1), metavar="N",
                  help="Tokens of prompt and answer together.  [default: 8192, or the model's limit]"),
     click.option("--cache-bits", type=click.Choice(["16", "8"]), default="16", show_default=True,
@@ -100,8 +103,8 @@ def open_engine(
             resolve_model(model, weights=True), devices=devices, max_memory=max_memory, max_context=max_context,
             max_batch=max_batch, cache_bits=int(cache_bits), progress=progress, **more,
         )  # fmt: skip
-    for change in engine.runner.weights.notes:
-        note(change)
+    for text in filter(None, (*engine.runner.weights.notes, engine.placement.note)):
+        note(text)
     if engine.on_cpu:
         note("running on the CPU: klquant's plain reference path, right but slow; its kernels need a CUDA GPU")
     elif said := building_note(engine.runner.stages[0].device, engine.runner.weights.dtype):

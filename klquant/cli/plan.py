@@ -8,7 +8,7 @@ import click
 import klquant
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.calibration import require_text
-from klquant.recipe.memory import Memory, contexts, predict_memory
+from klquant.recipe.memory import Memory, contexts, offloaded, predict_memory
 from klquant.recipe.plan import Plan, make_plan
 from klquant.recipe.rows import Row, plan_rows
 from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
@@ -60,7 +60,7 @@ def plan_json(plan: Plan, model: str) -> dict:
                    "bytes_after": whole.bytes_after, "bytes_read_per_token": plan.read_per_token.bytes_after},
         "bits_per_weight": {"routed_experts": plan.part(TensorClass.ROUTED_EXPERTS).bits,
                             "always_active": plan.always_active.bits, "whole": whole.bits},
-        "memory": [_memory_json(memory) for memory in memory_table(plan)],
+        "memory": [_memory_json(plan, memory) for memory in memory_table(plan)],
         "changes": [
             {"class": c.cls, "roles": list(c.roles), "tensors": c.count, "wanted": c.wanted.model_dump(), "why": c.why,
              "extra_bytes": c.extra_bytes}
@@ -96,7 +96,7 @@ def _row_json(row: Row) -> dict:
     }
 
 
-def _memory_json(m: Memory) -> dict:
+def _memory_json(plan: Plan, m: Memory) -> dict:
     return {
         "context": m.context,
         "sequences": m.sequences,
@@ -109,4 +109,5 @@ def _memory_json(m: Memory) -> dict:
         "runtime_estimate": m.runtime,
         "total": m.total,
         "fits": m.fits(),
+        "fits_with_experts_on_host": offloaded(plan.config, plan.weight_sizes, m),
     }

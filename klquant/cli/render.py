@@ -10,7 +10,7 @@ from rich.text import Text
 from klquant.checkpoint.names import TensorClass
 from klquant.core.spec import WHOLE_ROW
 from klquant.core.units import decimal
-from klquant.recipe.memory import GIB, Memory
+from klquant.recipe.memory import GIB, Memory, offloaded
 from klquant.recipe.plan import Plan
 from klquant.recipe.rows import Row, plan_rows, spell_layers
 from klquant.recipe.targets import TARGETS
@@ -72,6 +72,12 @@ def print_plan(out: Console, plan: Plan, memory: list[Memory], model: str) -> No
     out.print(Text(
         "For one sequence. Workspace is an estimate (activations, CUDA context, kernels, slack); the other parts are "
         "exact. Two cards split the layers, and each needs its workspace.", style="dim"))  # fmt: skip
+    least = min(memory, key=lambda m: m.total)
+    if aside := offloaded(plan.config, plan.weight_sizes, least):
+        cards = ", ".join(f"{name} with {size / GIB:.1f} GiB" for name, size in reversed(aside.items()))
+        out.print(Text(
+            f"Slower, with experts in the host's memory ({tokens(least.context)}, as in the last table): {cards} of "
+            "them.", style="dim"))  # fmt: skip
 
 
 def _section(out: Console, title: str, table: Table) -> None:

@@ -64,6 +64,9 @@ class Size(click.ParamType):
 
     name = "size"
 
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
     def convert(self, value, param, ctx) -> int:
         if isinstance(value, int):
             return value
@@ -73,6 +76,6 @@ class Size(click.ParamType):
         unit = match[2].lower().removesuffix("b")
         base = 1024 if unit.endswith("i") else 1000
         size = int(float(match[1]) * base ** _PREFIX[unit.removesuffix("i")])
-        if size < 1:
+        if size < self.least:
             self.fail("a size must be at least one byte", param, ctx)
         return size

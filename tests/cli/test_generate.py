@@ -68,6 +68,8 @@ def test_a_chat_template_is_used_unless_raw(tmp_path):
         ([DEMO, "x", "--devices", ""], "unknown device ''"),
         ([DEMO, "x", "--devices", "cpu:3"], "unknown device 'cpu:3'"),
         ([DEMO, "x", "--max-memory", "cpu=1GB,cpu=2GB"], "names a device twice"),
+        ([DEMO, "x", "--max-memory", "cuda:0=0"], "a size must be at least one byte"),
+        ([DEMO, "x", "--devices", "cpu", "--max-memory", "cpu=0"], "does not fit cpu (0.0 GiB free)"),
         ([DEMO, "x", "--top-p", 2], "error: --top-p is 2.0, expected above 0 and at most 1"),
     ],
 )

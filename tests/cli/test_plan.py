@@ -70,6 +70,7 @@ def test_the_json_has_a_stable_shape(wide):
     assert list(out["memory"][0]) == [
         "context", "sequences", "cache_bits", "embedding_on_cpu", "weights", "latent_cache", "kda_state",
         "workspace_estimate", "runtime_estimate", "total", "fits",
+        "fits_with_experts_on_host",
     ]  # fmt: skip
     assert list(out["changes"][0]) == ["class", "roles", "tensors", "wanted", "why", "extra_bytes"]
 
