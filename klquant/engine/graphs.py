@@ -6,14 +6,25 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from klquant.recipe.memory import GRAPHED_PROMPT
+
 Outputs = tuple[Tensor, ...]
 # Runs before a capture: kernels compile, libraries allocate what they keep.
 WARM_UPS = 2
+# Longest prompt that is a graph on Hopper. Its memory, the planner's largest estimate of a graph, is 0.15 GiB more than
+# that of GRAPHED_PROMPT: on cards with less of it and fewer multiprocessors the host keeps up with such prompts.
+LARGE_PROMPT = 2_048
 
 
 def on(device: torch.device) -> AbstractContextManager:
     """Launches inside go to `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def longest_graphed(device: torch.device) -> int:
+    """Tokens of the longest prompt that is a graph: with longer ones a device has more to do than the host."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9
+    return LARGE_PROMPT if hopper else GRAPHED_PROMPT
 
 
 class Graphs:

@@ -163,6 +163,7 @@ class Needs(TypedDict, total=False):
     prefixes: int
     cache_bits: int
     activation_bytes: int
+    graphed_prompt: int
 
 
 def plan_placement(

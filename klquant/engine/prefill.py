@@ -18,7 +18,7 @@ from klquant.engine.state import DeviceState, StepRows, upload
 from klquant.engine.weights import EngineLayer, FusedKDA, FusedMLA
 from klquant.kernels.kda.borders import Borders
 from klquant.kernels.kda.dispatch import prefill_inputs
-from klquant.kernels.mla.dispatch import join, keys_values, read_latent, write_latent
+from klquant.kernels.mla.dispatch import join, keys_values, mla_decode, read_latent, write_latent
 from klquant.kernels.mla.pages import PAGE_SIZE, page_position
 from klquant.kernels.norm.dispatch import add_rms_norm, gated_rms_norm
 from klquant.model import mla as model_mla
@@ -57,8 +57,9 @@ class ChunkRows:
     """Spans of different sequences, one behind the other, and padding.
 
     slots: of the sequences in a pool, a slice that makes a view where the host knows that there is one, else [N].
-    length_N (with the span) and at_S, where the positions' latents lie (−1: padding), int64; table_NM int32. rows:
-    first and end of each span; past: where the latents before it lie.
+    length_N (with the span), position_S and at_S, where the positions' latents lie (both −1: padding), int64; table_NM
+    int32. rows: first and end of each span; past: where the latents before it lie, or None where the host does not
+    know.
     """
 
     borders: Borders
@@ -66,9 +67,10 @@ class ChunkRows:
     slot_N: Tensor
     length_N: Tensor
     table_NM: Tensor
+    position_S: Tensor
     at_S: Tensor
     rows: Sequence[tuple[int, int]]
-    past: Sequence[Tensor]
+    past: Sequence[Tensor] | None
 
     @classmethod
     def of(cls, state: DeviceState, spans: Sequence[Span]) -> "ChunkRows":
@@ -81,15 +83,16 @@ class ChunkRows:
         return replace(rows, borders=borders, slots=slots, rows=borders.spans, past=past)
 
     @classmethod
-    def padded(cls, state: DeviceState, on_device: Tensor, count: int = 1) -> "ChunkRows":
+    def padded(cls, state: DeviceState, on_device: Tensor, count: int = 1, behind: bool = False) -> "ChunkRows":
         """Of `numbers` on the device: the host knows how many rows there are, and nothing of what is in them. What a
-        CUDA graph can be made of, for one span that begins its sequence."""
+        CUDA graph can be made of, for one span that begins its sequence, or one `behind` any others."""
         size = (len(on_device) - 3 * count - 1) // 2
         border, slot_N, stop_N, position_S, span_S = on_device.split([count + 1, count, count, size, size])
         table_NM = state.table[slot_N]
         at_S = page_position(table_NM[span_S, position_S // PAGE_SIZE], position_S)
         at_S = torch.where(position_S < 0, -1, at_S)
-        return cls(Borders(None, border), slot_N, slot_N, stop_N, table_NM, at_S, [(0, size)], [at_S[:0]])
+        past = None if behind else [at_S[:0]]
+        return cls(Borders(None, border), slot_N, slot_N, stop_N, table_NM, position_S, at_S, [(0, size)], past)
 
     @property
     def has_padding(self) -> bool:
@@ -104,6 +107,11 @@ class ChunkRows:
     def as_rows(self) -> StepRows:
         """Spans of one position as rows of a decode step."""
         return StepRows(self.slot_N.int(), self.slot_N, self.table_NM, self.length_N.int(), self.at_S)
+
+    @cached_property
+    def as_queries(self) -> tuple[Tensor, Tensor]:
+        """Rows of one span as `mla_decode` takes them: page tables [S, M], and lengths [S], 0 of padding."""
+        return self.table_NM.expand(len(self.position_S), -1), (self.position_S + 1).int()
 
 
 def _first_positions(table_M: Tensor, count: int) -> Tensor:
@@ -151,11 +159,18 @@ def kda_mix(
 def mla_mix(
     cfg: KimiLinearConfig, layer: int, w: FusedMLA, x_SC: Tensor, state: DeviceState, chunk: ChunkRows
 ) -> Tensor:
-    """[S, C] → [S, H·v]. What attention sees of a token is what its page holds, rounding included."""
+    """[S, C] → [S, H·v]. What attention sees of a token is what its page holds, rounding included.
+
+    Where the host does not know how many latents lie before a span, each row attends to them by itself, as in a step of
+    decoding: more work for long spans, and the same launches for every length.
+    """
     pages = state.latent[layer]
     q, kv_a = linear(x_SC, w.q_kv_a).split([cfg.num_heads * cfg.qk_dim, cfg.latent_dim], -1)
     write_latent(kv_a, w.kv_a_norm, pages, chunk.at_S)
-    q_HSK = q.unflatten(-1, (cfg.num_heads, cfg.qk_dim)).transpose(0, 1)
+    q_SHK = q.unflatten(-1, (cfg.num_heads, cfg.qk_dim))
+    if chunk.past is None:
+        return mla_decode(q_SHK, w.kv_b, pages, *chunk.as_queries, cfg.qk_dim**-0.5)
+    q_HSK = q_SHK.transpose(0, 1)
 
     def expand(at_T: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [H, T, ·] of the latents that lie there."""

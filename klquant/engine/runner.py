@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from klquant.engine.decode import decode_layer, embed
-from klquant.engine.graphs import Graphs, Outputs, on
+from klquant.engine.graphs import LARGE_PROMPT, Graphs, Outputs, longest_graphed, on
 from klquant.engine.prefill import ChunkRows, Span, numbers, prefill_layer
 from klquant.engine.request import SamplingParams
 from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
@@ -28,15 +28,18 @@ from klquant.kernels.norm.dispatch import add_rms_norm
 from klquant.kernels.step.dispatch import embed_next
 from klquant.model.delta import delta_path
 from klquant.model.weights import wide_linear
-from klquant.recipe.memory import GRAPHED_PROMPT
 
 # Batch sizes that graphs are captured for; a smaller batch is padded. Beyond the last: multiples of 64.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-# Rows that short prompts are padded to for graphs: the host takes longer to launch their kernels than the GPU to run
-# them.
-GRAPHED = (32, 64, 128, 192, 256, 384, 512, 768, GRAPHED_PROMPT)
+# Rows that prompts are padded to for graphs: the host takes longer to launch their kernels than the GPU to run them.
+GRAPHED = (32, 64, 128, 192, 256, 384, 512, 768, 1_024, 1_536, LARGE_PROMPT)
+# Graphs of what lies behind other tokens: rows times the latents that each of them reads by itself. On an H100 the graph
+# is as slow as the host with four times as many.
+ROWS_TIMES_LATENTS = 1 << 23
 # Prompts of a size that run without one first: making a graph takes two more runs and a capture.
 BEFORE_GRAPH = 4
+# Shorter ones take little longer than a copy of what they left and a place among the prefixes are worth.
+LEAST_PREFIX = 512
 
 
 def bucket(rows: int) -> int:
@@ -72,7 +75,9 @@ class Runner:
         self._graphs = {s.device: Graphs(s.device) for s in self.stages if s.device.type == "cuda"}
         self._slots: tuple[tuple[int, ...], dict[torch.device, Tensor]] = ((), {})
         paths = {delta_path(s.device, weights.dtype, GRAPHED[0]) for s in self.stages}
-        self._graphs_prompts, self._met = paths == {"chunk_fla"}, Counter()
+        most = min(longest_graphed(s.device) for s in self.stages) if paths == {"chunk_fla"} else 0
+        # Rows of the graphs that prompts may have here, and how often each was asked for.
+        self._graphed, self._met = [rows for rows in GRAPHED if rows <= most], Counter()
 
     def bind(self, slot: int, pages: Sequence[int], params: SamplingParams, tokens: Sequence[int], fresh: bool) -> None:
         """Give a slot to a request: its pages, its parameters (with a seed), the tokens of its prompt.
@@ -110,7 +115,7 @@ class Runner:
             with on(stage.device):
                 h_SC = h_SC.to(stage.device)
                 if graphed:
-                    h_SC = self._run_prompt(number, h_SC, spans[0])
+                    h_SC = self._run_prompt(number, h_SC, spans[0], spans[0].start > 0)
                     stage.state.length[spans[0].slot] = spans[0].stop
                 else:
                     chunk = ChunkRows.of(stage.state, spans)
@@ -186,12 +191,24 @@ class Runner:
 
     def runs_before_its_best(self, tokens: int) -> int:
         """How often a prompt of so many tokens runs before it runs as fast as it can."""
-        return 2 + BEFORE_GRAPH if self._graphs_prompts and tokens <= GRAPHED[-1] else 1
+        return 2 + BEFORE_GRAPH if self._rows_for(tokens) else 1
+
+    @torch.no_grad()
+    def capture_prompts(self, longest: int) -> None:
+        """Make the graphs of prompts of up to `longest` tokens, and of what lies behind others. The largest first: the
+        others are made of its memory."""
+        for rows in reversed(self._graphed[: bisect_left(self._graphed, longest) + 1]):
+            for behind in (False, True):
+                self._met[rows, behind] = BEFORE_GRAPH
+                for number, stage in enumerate(self.stages):
+                    with on(stage.device):
+                        h_SC = torch.zeros(rows, self.cfg.hidden_size, device=stage.device)
+                        self._run_prompt(number, h_SC, Span((), 0, 0), behind)
 
     @property
     def least_prefix(self) -> int:
-        """Of how many tokens a prompt is worth to go on from: what is computed behind others is no graph."""
-        return GRAPHED[-1] + 1 if self._graphs_prompts else 1
+        """Of how many tokens a prompt is worth to go on from."""
+        return LEAST_PREFIX if self._graphed else 1
 
     def _layers(
         self, stage: Stage, h_SC: Tensor, chunk: ChunkRows, after_layer: Callable[[int, Tensor], None] | None = None
@@ -212,29 +229,35 @@ class Runner:
             raise
         return h_SC + added_up(delta_SC, h_SC.dtype)
 
+    def _rows_for(self, tokens: int) -> int:
+        """The rows of the graph that prompts of so many tokens may become; 0: they do not."""
+        at = bisect_left(self._graphed, tokens)
+        return self._graphed[at] if tokens > 1 and at < len(self._graphed) else 0
+
     def _graphed_rows(self, spans: Sequence[Span]) -> int:
         """The rows of the graph that runs spans; 0: none does, or none yet."""
-        count = len(spans[0].ids)
-        graphs = self._graphs and self._graphs_prompts
-        if not graphs or len(spans) > 1 or spans[0].start or not 1 < count <= GRAPHED[-1]:
+        rows, behind = self._rows_for(len(spans[0].ids)), spans[0].start > 0
+        if not rows or not self._graphs or len(spans) > 1:
             return 0
-        rows = GRAPHED[bisect_left(GRAPHED, count)]
-        self._met[rows] += 1
-        return rows if self._met[rows] > BEFORE_GRAPH else 0
+        if behind and rows * spans[0].stop > ROWS_TIMES_LATENTS:
+            return 0
+        self._met[rows, behind] += 1
+        return rows if self._met[rows, behind] > BEFORE_GRAPH else 0
 
-    def _run_prompt(self, number: int, h_SC: Tensor, span: Span) -> Tensor:
-        """A stage's layers for one prompt from its beginning, padded to the rows of h, in a graph."""
+    def _run_prompt(self, number: int, h_SC: Tensor, span: Span, behind: bool) -> Tensor:
+        """A stage's layers for one span padded to the rows of h, in a graph: one of prompts from their beginning, or of
+        what lies `behind` other tokens."""
         stage, rows = self.stages[number], len(h_SC)
 
         def run(on_device: Tensor, h_SC: Tensor) -> Outputs:
-            return (self._layers(stage, h_SC, ChunkRows.padded(stage.state, on_device)),)
+            return (self._layers(stage, h_SC, ChunkRows.padded(stage.state, on_device, behind=behind)),)
 
         def no_prompt() -> tuple[Tensor, ...]:
             # Nothing but padding leaves slot 0 as it is.
             return upload(numbers([Span((), 0, 0)], rows), stage.device), torch.zeros_like(h_SC)
 
         inputs = upload(numbers([span], rows), stage.device), h_SC
-        (h_SC,) = self._graphs[stage.device].run(("prompt", number, rows), run, inputs, no_prompt)
+        (h_SC,) = self._graphs[stage.device].run(("prompt", number, rows, behind), run, inputs, no_prompt)
         return h_SC
 
     @property

@@ -25,13 +25,13 @@ def warm_up(engine: Engine) -> None:
 
     most = max(1, limits.max_context - ANSWER)
     longest = min(limits.chunk, most)
+    engine.runner.capture_prompts(longest)
     for length in sorted({n for n in (*GRAPHED, *doubled(GRAPHED[-1], longest)) if n <= longest} | {longest}):
-        for _ in range(engine.runner.runs_before_its_best(length)):
-            ask(length)
+        ask(length)
         if limits.max_batch > 1 and length > 2:
             ask(length // 2, (length - 1) // 2)
     if longest < most:
-        ask(min(longest + GRAPHED[0], most))  # more than a chunk
+        ask(min(2 * longest, most))  # more than a chunk
     if limits.prefixes and (first := engine.runner.least_prefix) < most:
         ask(first, keep=True)
         ask(min(first + GRAPHED[0], most))

@@ -12,7 +12,7 @@ from klquant.checkpoint.config import KimiLinearConfig
 
 GIB = 1 << 30
 CONTEXTS = (8_192, 131_072, 1_048_576)
-GRAPHED_PROMPT = 1_024  # longest prompt that is a CUDA graph; with longer ones a GPU has more to do than the host
+GRAPHED_PROMPT = 1_024  # longest prompt that is a CUDA graph; with longer ones most GPUs have more to do than the host
 PREFILL_CHUNK = 4_096  # tokens prefilled at a time; longer chunks need more workspace and gain little speed
 PAST_BLOCK = 8_192  # tokens before a chunk whose latents are expanded at a time: klquant.model.mla.LATENT_BLOCK
 STAGING_MOST = GIB // 2  # room on a card to copy experts that lie on the host into, while a prompt is read
@@ -151,12 +151,13 @@ def predict_memory(
     prefixes: int = 0,
     cache_bits: int = 16,
     activation_bytes: int = 2,
+    graphed_prompt: int = GRAPHED_PROMPT,
     embedding_on_cpu: bool = False,
 ) -> Memory:
     """Memory for `context` cached tokens in all over `sequences` sequences.
 
     `prefixes`: prompts besides whose KDA state is kept. `cache_bits`: 8, or 16 for latents as wide as activations, of
-    which a value takes `activation_bytes`.
+    which a value takes `activation_bytes`. `graphed_prompt`: tokens of the longest that is a CUDA graph.
     """
     latent = context * latent_bytes(config, cache_bits, activation_bytes)
     own = kda_state_bytes(config, activation_bytes)
@@ -179,7 +180,7 @@ def predict_memory(
         weights=weights.total - weights.embedding + embedding,
         latent_cache=latent * len(config.mla_layers),
         kda_state=(state + kept) * kda_layers,
-        workspace=workspace_estimate(config, context, sequences, activation_bytes),
+        workspace=workspace_estimate(config, context, sequences, activation_bytes, graphed_prompt),
         runtime=RUNTIME_ESTIMATE,
         stages=tuple(stages),
         reads=tuple(reads),
@@ -197,13 +198,16 @@ def kda_state_bytes(config: KimiLinearConfig, activation_bytes: int = 2) -> int:
     return recurrent + 3 * config.kda_width * (config.conv_width - 1) * activation_bytes
 
 
-def workspace_estimate(config: KimiLinearConfig, context: int, sequences: int, activation_bytes: int = 2) -> int:
+def workspace_estimate(
+    config: KimiLinearConfig, context: int, sequences: int, activation_bytes: int = 2,
+    graphed_prompt: int = GRAPHED_PROMPT,
+) -> int:  # fmt: skip
     """Activations of a prefill chunk, the last one of `context` tokens in all, at their largest: an estimate.
 
     The residual stream stays; KDA, MLA and MLP follow one another, so the largest of the three counts. Graphs of short
     prompts keep theirs to themselves.
     """
-    tokens, graphed = min(context, PREFILL_CHUNK), min(context, GRAPHED_PROMPT)
+    tokens, graphed = min(context, PREFILL_CHUNK), min(context, graphed_prompt)
     past = min(context - tokens, PAST_BLOCK)
     chunk = _chunk_estimate(config, tokens, past, sequences, activation_bytes)
     logits = sequences * config.vocab_size * 4 * 2

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -41,6 +42,11 @@ def prompts(tokenizer, count=7):
     return [[tokenizer.bos_id, *ids[: 9 * n + 1]] for n in range(count)]
 
 
+def met(times):
+    """As if prompts of every size had come so often."""
+    return Counter(dict.fromkeys(product(GRAPHED, (False, True)), times))
+
+
 def eager(engine):
     """The same engine without graphs and without padding."""
     engine.runner._graphs = {}
@@ -63,25 +69,31 @@ def test_graphs_give_what_eager_steps_give(trained, params):
 
 
 def test_a_prompt_in_a_graph_is_the_prompt(trained):
-    """Padded to the graph's rows, with another sequence in slot 0 while it is captured, and replayed."""
+    """Padded to the graph's rows, with another sequence in slot 0 while it is captured, and replayed; alone and behind
+    other tokens."""
     runner = Engine(*trained, LIMITS).runner
     texts, seed = prompts(trained[1]), GREEDY.with_seed()
 
-    def prefill(ids, slot, met):
-        runner._met = Counter(dict.fromkeys(GRAPHED, met))
+    def prefill(ids, slot, times, before=()):
         runner.bind(slot, range(8 * slot, 8 * slot + 8), seed, ids, fresh=True)
-        h = runner.prefill([Span(ids, slot, 0)]).clone()
+        if before:
+            runner._met = met(0)
+            runner.prefill([Span(before, slot, 0)])
+        runner._met = met(times)
+        h = runner.prefill([Span(ids, slot, len(before))]).clone()
         kda = [pool for stage in runner.stages for pool in stage.state.kda.values()]
         return h, *(t[slot].clone() for pool in kda for t in (pool.s, pool.conv))
 
     others = prefill(texts[6], 0, 0)
-    for ids in (texts[5], texts[1], texts[4], texts[5]):
-        want, got = prefill(ids, 1, 0), prefill(ids, 1, BEFORE_GRAPH)
+    alone = [(ids, ()) for ids in (texts[5], texts[1], texts[4], texts[5])]
+    for ids, before in (*alone, (texts[4], texts[5]), (texts[5], texts[6]), (texts[4], texts[1])):
+        want, got = (prefill(ids, 1, times, before) for times in (0, BEFORE_GRAPH))
         assert all(
             ((a.double() - b.double()).norm() / b.double().norm()).item() < 2**-5
             for a, b in zip(got, want, strict=True)
         )
-    assert any(key[0] == "prompt" for graphs in runner._graphs.values() for key in graphs._captured)
+    captured = [key for graphs in runner._graphs.values() for key in graphs._captured if key[0] == "prompt"]
+    assert {key[-1] for key in captured} == {False, True}
     kda = [pool for stage in runner.stages for pool in stage.state.kda.values()]
     assert all(
         torch.equal(t[0], other) for t, other in zip((t for p in kda for t in (p.s, p.conv)), others[1:], strict=True)
@@ -188,7 +200,7 @@ def test_layers_on_two_gpus(trained, demo_model):
     assert [a.tokens for a in both.generate(texts, GREEDY)] == [a.tokens for a in one.generate(texts, GREEDY)]
     # Each alone, in graphs: one a stage.
     for engine in (one, both):
-        engine.runner._met = Counter(dict.fromkeys(GRAPHED, BEFORE_GRAPH))
+        engine.runner._met = met(BEFORE_GRAPH)
     for text in texts[1:]:
         assert both.generate([text], GREEDY)[0].tokens == one.generate([text], GREEDY)[0].tokens
     assert all(any(key[0] == "prompt" for key in g._captured) for g in both.runner._graphs.values())

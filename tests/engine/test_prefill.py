@@ -95,20 +95,24 @@ def test_mixers(monkeypatch):
     check_mixers("cpu", torch.float32, 1e-5, monkeypatch)
 
 
-def check_padding(device, dtype, limit):
+def check_padding(device, dtype, limit, start=0):
     """A prompt alone and with padding behind it, in a slot that another sequence left: the same, and no trace of what
-    the padding holds."""
+    the padding holds. And what lies behind `start` tokens, as many as the host does not know."""
     weights, state, x_SC, _ = case(device, dtype)
     for layer, ours in ((KDA, prefill.kda_mix), (MLA, prefill.mla_mix)):
         w, found = weights.layers[layer].fused, []
         for count in (1, 2, 5, 64, 70):
-            span = Span(range(count), SLOT, 0)
+            span = Span(range(start, start + count), SLOT, start)
             for rows, fill in ((count, 0), (96, 1.0), (96, -30.0)):
                 state.clear(SLOT)
+                if start:
+                    before = ChunkRows.of(state, [Span(range(start), SLOT, 0)])
+                    ours(CONFIG, layer, w, x_SC[:start], state, before)
                 chunk = ChunkRows.of(state, [span])
                 if rows > count:
-                    chunk = ChunkRows.padded(state, numbers([span], rows).to(device))
-                x = torch.cat([x_SC[:count], torch.full((rows - count, x_SC.shape[1]), fill).to(x_SC)])
+                    chunk = ChunkRows.padded(state, numbers([span], rows).to(device), behind=start > 0)
+                own = x_SC[start : start + count]
+                x = torch.cat([own, torch.full((rows - count, x_SC.shape[1]), fill).to(x_SC)])
                 y = ours(CONFIG, layer, w, x, state, chunk)
                 assert y.isfinite().all()
                 found.append([y[:count]])
@@ -118,13 +122,15 @@ def check_padding(device, dtype, limit):
                 assert all(relative(a, b) < limit for a, b in zip(padded, found[-3], strict=True)), (layer, count)
 
 
+@pytest.mark.parametrize("start", [0, 1, 66, 200])
 @torch.no_grad()
-def test_padding_behind_a_prompt():
-    check_padding("cpu", torch.float32, 1e-5)
+def test_padding_behind_a_prompt(start):
+    check_padding("cpu", torch.float32, 1e-5, start)
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @torch.no_grad()
-def test_nothing_but_padding_leaves_a_slot_as_it_is():
+def test_nothing_but_padding_leaves_a_slot_as_it_is(behind):
     weights, state, x_SC, _ = case("cpu", torch.float32)
     for each in (*state.kda.values(),):
         each.s.normal_(), each.conv.normal_()
@@ -132,7 +138,7 @@ def test_nothing_but_padding_leaves_a_slot_as_it_is():
         pages.data.normal_()
     before = [t.clone() for each in state.kda.values() for t in (each.s, each.conv)]
     latents = [pages.data.clone() for pages in state.latent.values()]
-    chunk = ChunkRows.padded(state, numbers([Span((), 0, 0)], 32))
+    chunk = ChunkRows.padded(state, numbers([Span((), 0, 0)], 32), behind=behind)
     for layer in range(CONFIG.num_layers):
         prefill_layer(CONFIG, layer, weights.layers[layer], (x_SC[:32], None), state, chunk)
     after = [t for each in state.kda.values() for t in (each.s, each.conv)]
@@ -166,10 +172,11 @@ def test_mixers_on_a_gpu(monkeypatch):
     check_mixers("cuda", torch.bfloat16, 2**-7, monkeypatch)
 
 
+@pytest.mark.parametrize("start", [0, 1, 66, 200])
 @pytest.mark.gpu
 @torch.no_grad()
-def test_padding_behind_a_prompt_on_a_gpu():
-    check_padding("cuda", torch.bfloat16, 2**-7)
+def test_padding_behind_a_prompt_on_a_gpu(start):
+    check_padding("cuda", torch.bfloat16, 2**-7, start)
 
 
 @pytest.mark.gpu

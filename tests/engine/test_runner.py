@@ -1,5 +1,7 @@
 """The runner: a text has the same logits however it is cut into chunks and single steps, and whoever runs beside it."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -174,40 +176,48 @@ def test_a_prompt_in_a_graph_is_the_prompt(weights, monkeypatch):
     class Direct:
         def run(self, key, function, inputs, harmless):
             function(*harmless())
-            assert key[-1] == 32 * -(-used // 32)
+            keys.append(key[2:])
             return function(*inputs)
 
     cpu, other = torch.device("cpu"), random_ids(40, 9)
-    for used in (2, 31, 32, 33, 96, 100):
+    for used, start in product((2, 31, 32, 33, 96, 100), (0, 1, 70)):
+        keys = []
         padded, plain = make_runner(weights), make_runner(weights)
-        ids, logits = random_ids(used, used), []
+        ids, before, logits = random_ids(used, used), random_ids(start, 1), []
         for runner in (padded, plain):
             begin(runner, 0, [0])
-            begin(runner, 2, [7, 3])
+            begin(runner, 2, [7, 3, 5])
             runner.prefill([Span(other, 0, 0)])
+            if start:
+                runner.prefill([Span(before, 2, 0)])
             if runner is padded:
-                runner._graphs, runner._graphs_prompts = {cpu: Direct()}, True
+                runner._graphs, runner._graphed = {cpu: Direct()}, [32, 64, 96, 128]
                 monkeypatch.setattr(module, "BEFORE_GRAPH", 0)
-                monkeypatch.setattr(module, "GRAPHED", (32, 64, 96, 128))
-            logits.append([weights.head(weights.cfg, runner.prefill([Span(ids, 2, 0)]))])
+            logits.append([weights.head(weights.cfg, runner.prefill([Span(ids, 2, start)]))])
             runner._graphs = {}
             forced = Forced(runner, monkeypatch)
             logits[-1] += [forced.step({2: token, 0: token}).clone() for token in (5, 6)]
             monkeypatch.undo()
+        assert keys == [(32 * -(-used // 32), start > 0)]
         for a, b in zip(*logits, strict=True):
             assert a.shape == b.shape and (a - b).abs().max() < 1e-4
 
 
 def test_a_graph_is_made_for_what_comes_again(weights):
     runner = make_runner(weights)
-    runner._graphs, runner._graphs_prompts = {torch.device("cpu"): None}, True
+    runner._graphs, runner._graphed = {torch.device("cpu"): None}, [32, 64, 1024]
     short, longer = Span(range(20), 0, 0), Span(range(40), 0, 0)
     assert [runner._graphed_rows([short]) for _ in range(module.BEFORE_GRAPH + 2)] == [0] * module.BEFORE_GRAPH + [
         32
     ] * 2
     assert not runner._graphed_rows([longer])
-    for spans in ([short, longer], [Span(range(20), 0, 1)], [Span([1], 0, 0)], [Span(range(2000), 0, 0)]):
+    assert not runner._graphed_rows([Span(range(20), 0, 1)]), "another graph: it begins no sequence"
+    most = runner._graphed[-1]
+    far = Span(range(20), 0, module.ROWS_TIMES_LATENTS // 32 - 19)
+    for spans in ([short, longer], [far], [Span([1], 0, 0)], [Span(range(most + 1), 0, 0)]):
         assert not any(runner._graphed_rows(spans) for _ in range(module.BEFORE_GRAPH + 2))
+    for span in (Span(range(20), 0, far.start - 1), Span(range(most), 0, 0)):
+        assert any(runner._graphed_rows([span]) for _ in range(module.BEFORE_GRAPH + 2))
 
 
 def test_first_tokens_are_each_prompts_own(weights):
