@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -25,12 +26,29 @@ CALIB = "--calib"
 
 
 @dataclass(frozen=True)
+class Library:
+    """A module that reads a source, and what to say where it is not installed."""
+
+    module: str
+    lack: str
+
+
+@dataclass(frozen=True)
 class Source:
-    """A domain: `open()` starts its documents from the first. `origin` says where they come from, for the record."""
+    """A domain: `open()` starts its documents from the first. `origin` says where they come from, for the record.
+    `library`: what reads them, where klquant does not by itself."""
 
     name: str
     origin: str
     open: Callable[[], Iterator[Document]]
+    library: Library | None = None
+
+
+def require_readable(spec: str, option: str = CALIB) -> None:
+    """Raises UserError where what `spec` names does not exist, or what reads it is not installed. Nothing is read."""
+    for source in resolve_sources(spec, seed=0, option=option):
+        if source.library is not None and find_spec(source.library.module) is None:
+            raise UserError(source.library.lack)
 
 
 def resolve_sources(spec: str, seed: int, option: str = CALIB) -> list[Source]:
@@ -76,7 +94,10 @@ def _text_files(part: str, option: str) -> list[Path]:
 
 
 def _file_source(path: Path, name: str) -> Source:
-    read = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix]
+    if path.suffix == ".parquet":
+        pyarrow = Library("pyarrow", f"{path}: reading parquet needs pyarrow: pip install pyarrow")
+        return Source(name, str(path), lambda: _parquet(path, str(path), pyarrow), pyarrow)
+    read = {".txt": _txt, ".jsonl": _jsonl}[path.suffix]
     return Source(name, str(path), lambda: read(path, str(path)))
 
 
@@ -104,12 +125,12 @@ def _jsonl(path, where: str) -> Iterator[Document]:
             yield _document(row, at)
 
 
-def _parquet(path: Path, where: str) -> Iterator[Document]:
+def _parquet(path: Path, where: str, pyarrow: Library) -> Iterator[Document]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(f"{where}: reading parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError(pyarrow.lack) from None
     try:
         file = pq.ParquetFile(path)
         columns = [c for c in ("messages", "text") if c in file.schema_arrow.names]
@@ -144,18 +165,19 @@ def _unicode(document: Document, at: str) -> Document:
 
 def _dataset_source(mix: Mix, source: MixSource, seed: int, option: str) -> Source:
     origin = f"{source.dataset}@{source.revision}"
-    return Source(source.name, origin, lambda: _dataset_documents(mix, source, seed, option))
-
-
-def _dataset_documents(mix: Mix, source: MixSource, seed: int, option: str) -> Iterator[Document]:
-    """The first `rows` rows of the pinned revision, shuffled by `seed`."""
     own = ", 'self' (the model's own text)" if option == CALIB else ""
     other = f"or pass {option} with a text file{own} or 'tiny' (built in)"
     where = f"mix {mix.name!r}, source {source.name!r}"
+    library = Library("datasets", f"{where} needs the datasets library: pip install 'klquant[data]', {other}")
+    return Source(source.name, origin, lambda: _dataset_documents(source, seed, library, where, other), library)
+
+
+def _dataset_documents(source: MixSource, seed: int, library: Library, where: str, other: str) -> Iterator[Document]:
+    """The first `rows` rows of the pinned revision, shuffled by `seed`. `other`: what to do where there are none."""
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{where} needs the datasets library: pip install 'klquant[data]', {other}") from None
+        raise UserError(library.lack) from None
     # Its retries would be ten lines before the one that says it all.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

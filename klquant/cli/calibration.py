@@ -28,14 +28,18 @@ def with_calibration(recipe: Recipe, tokens: int | None, window: int | None, opt
     return recipe.model_copy(update={"calibration": params})
 
 
-def require_text(plan: "Plan", calib: str | None = None) -> None:
-    """Raises UserError where `calib`, or else what the recipe names, does not exist: the recipe's by file and line."""
-    from klquant.calibrate.documents import SELF, resolve_sources
+def require_text(plan: "Plan", calib: str | None = None, reads: bool = True) -> None:
+    """Raises UserError where `calib`, or else what the recipe names, does not exist: the recipe's by file and line.
+    Where the command `reads` it, also where what that takes is not installed."""
+    from klquant.calibrate.documents import SELF, require_readable, resolve_sources
 
     spec = calib or plan.recipe.calibration.mix
     if spec == SELF or not plan.needs_calibration:
         return
     try:
-        resolve_sources(spec, seed=0)
+        if reads:
+            require_readable(spec)
+        else:
+            resolve_sources(spec, seed=0)
     except UserError as error:
         raise UserError(str(error) if calib else f"{plan.recipe.mix_at()}: {error}") from None

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -64,8 +65,8 @@ def command(
     if recipe is not None and method is None:
         raise click.UsageError("--recipe needs --as")
     chosen = None if method is None else load_recipe(recipe or DEFAULT_RECIPE)
-    from klquant.checkpoint.hub import resolve_model
     from klquant.cli.eval_table import Bar, print_result
+    from klquant.cli.fetch import fetch
     from klquant.core.device import pick_device
     from klquant.evaluate.baselines import baseline_of
     from klquant.evaluate.run import evaluate
@@ -81,7 +82,7 @@ def command(
         reference_cache=reference_cache, floor=floor, tasks=asked if names else None,
         command=("klquant", *sys.argv[1:]),
     )  # fmt: skip
-    folder, theirs = (None if m is None else resolve_model(m, weights=True) for m in (model, against))
+    folder, theirs = fetch([model, against], partial(_check, method, out, options))
     baseline = None if method is None else baseline_of(folder, chosen, method)
     with Bar() as bar:
         result = evaluate(folder, theirs, out, options, bar, baseline)
@@ -89,3 +90,18 @@ def command(
         click.echo(json.dumps(result.model_dump(mode="json"), indent=1))
     else:
         print_result(result, out)
+
+
+def _check(method: BaselineMethod | None, out: Path, options: EvalOptions) -> None:
+    """Raises UserError for what needs no model to be wrong: names, files and libraries."""
+    from klquant.evaluate.baselines import require_library
+    from klquant.evaluate.result import Result, require_output
+    from klquant.evaluate.tasks.suite import require_names
+    from klquant.evaluate.text import require_text
+
+    require_output(out, Result)
+    require_text(options.data)
+    if method is not None:
+        require_library(method)
+    if options.tasks is not None:
+        require_names(options.tasks)

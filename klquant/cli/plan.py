@@ -35,7 +35,7 @@ def command(model: str, recipe: str, target: str, as_json: bool) -> None:
 
     config, tensors = read_hub_index(model) if is_hub_id(model) else read_tensor_index(Path(model))
     plan = make_plan(chosen, config, tensors, target)
-    require_text(plan)
+    require_text(plan, reads=False)
     if as_json:
         click.echo(json.dumps(plan_json(plan, model), indent=1))
     else:

@@ -66,12 +66,11 @@ def command(
     if resume and (out / PROVENANCE).exists():
         raise UserError(f"{out}: is finished already; `klquant verify {out}` tells whether it is whole")
 
-    from klquant.checkpoint.hub import resolve_model
-    from klquant.checkpoint.reader import CheckpointReader
+    from klquant.cli.fetch import open_model
     from klquant.core.device import default_device, pick_devices
+    from klquant.pipeline.journal import Journal
     from klquant.pipeline.placement import Limits
-    from klquant.pipeline.run import SHARD_BYTES, RunOptions, check_model
-    from klquant.recipe.plan import make_plan
+    from klquant.pipeline.run import SHARD_BYTES, RunOptions
 
     options = RunOptions(
         calib=",".join(calib) or None,
@@ -83,10 +82,14 @@ def command(
     devices = pick_devices(options.device)
     if len(set(devices)) < len(devices):  # the pipeline itself works on cpu,cpu as on two cards, for its tests
         raise UserError(f"devices {options.device}: one comes twice; name each once")
-    reader = CheckpointReader.open(resolve_model(model, weights=True))
-    check_model(reader)
-    plan = make_plan(chosen, reader.config, {name: (i.dtype, i.shape) for name, i in reader.tensors.items()}, target)
-    require_text(plan, options.calib)
+    with Journal(out) as journal:
+        journal.find(resume)
+
+    def check(plans, folder: Path) -> None:
+        require_text(plans[0], options.calib)
+        _require_room(journal.folder, plans[0].part().bytes_after)
+
+    reader, (plan,) = open_model(model, [chosen], target, check)
     _run(model, reader, plan, out, options)
 
 
@@ -99,9 +102,6 @@ def _run(model: str, reader, plan, out: Path, options) -> None:
     from klquant.pipeline.run import quantize
     from klquant.pipeline.units import units_of
 
-    with Journal(out) as journal:
-        journal.find(options.resume)
-        _require_room(journal.folder, plan.part().bytes_after)
     screen = console()
     print_before(screen, model, plan, out, options)
     works = {name: Work.of(decisions) for name, decisions in units_of(plan).items()}
@@ -109,7 +109,7 @@ def _run(model: str, reader, plan, out: Path, options) -> None:
         with watcher(screen, works) as shown:
             provenance = quantize(reader, plan, out, options, shown)
     except KeyboardInterrupt:
-        kept = "the same command with --resume goes on" if journal.folder.exists() else "nothing was written"
+        kept = "the same command with --resume goes on" if Journal(out).folder.exists() else "nothing was written"
         raise Failure(f"interrupted: {kept}", 130) from None
     print_after(screen, model, plan, out, provenance, shown.pace.gone, shown.traffic)
 

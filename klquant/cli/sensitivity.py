@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import get_args
@@ -52,8 +53,8 @@ def command(
     if minutes is not None and isnan(minutes):
         raise click.UsageError("--minutes is no number of minutes; leave it out for all parts")
     quantizer = quantized or load_recipe(recipe or DEFAULT_RECIPE)
-    from klquant.checkpoint.hub import resolve_model
     from klquant.cli.eval_table import Bar
+    from klquant.cli.fetch import fetch
     from klquant.cli.sensitivity_table import print_sensitivity
     from klquant.core.device import pick_device
     from klquant.evaluate.sensitivity import sensitivity
@@ -62,10 +63,23 @@ def command(
         data=",".join(data), windows=windows, window=window, device=str(pick_device(device)), dtype=dtype,
         reference_cache=reference_cache, command=("klquant", *sys.argv[1:]),
     )  # fmt: skip
-    folder = resolve_model(model, weights=True)
+    (folder,) = fetch([model], partial(_check, quantized, out, options))
     with Bar() as bar:
         result = sensitivity(folder, quantizer, out, by, options, minutes, bar)
     if as_json:
         click.echo(json.dumps(result.model_dump(mode="json"), indent=1))
     else:
         print_sensitivity(result, out)
+
+
+def _check(quantized: Path | None, out: Path, options: EvalOptions) -> None:
+    """Raises UserError for what needs no model to be wrong: names, files and libraries."""
+    from klquant.checkpoint.index import require_folder
+    from klquant.evaluate.result import require_output
+    from klquant.evaluate.sensitivity_result import Sensitivity
+    from klquant.evaluate.text import require_text
+
+    require_output(out, Sensitivity)
+    require_text(options.data)
+    if quantized is not None:
+        require_folder(quantized)

@@ -68,27 +68,29 @@ def command(
     chosen = [with_calibration(recipe, calib_tokens, calib_window, "--calib-window") for recipe in _recipes(recipes)]
     methods = _methods(baselines)
 
-    from klquant.checkpoint.hub import resolve_model
-    from klquant.checkpoint.reader import CheckpointReader
+    from klquant.cli.fetch import open_model
     from klquant.core.device import pick_device
-    from klquant.pipeline.run import RunOptions, check_model
-    from klquant.recipe.plan import make_plan
+    from klquant.evaluate.text import require_text as require_data
+    from klquant.pipeline.run import RunOptions
 
-    where = pick_device(device)
-    folder = resolve_model(model, weights=True)
-    reader = CheckpointReader.open(folder)
-    check_model(reader)
-    shapes = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
-    plans = [make_plan(recipe, reader.config, shapes, target) for recipe in chosen]
-    for plan in plans:
-        require_text(plan, ",".join(calib) or None)
+    where = str(pick_device(device))
     sweep = Sweep(
-        folder, reader, out, RunOptions(calib=",".join(calib) or None, device=str(where), resume=True),
-        EvalOptions(data=",".join(data), windows=windows, window=window, device=str(where), dtype=dtype, floor=True,
+        out, RunOptions(calib=",".join(calib) or None, device=where, resume=True),
+        EvalOptions(data=",".join(data), windows=windows, window=window, device=where, dtype=dtype, floor=True,
                     reference_cache=out / CACHE, command=("klquant", *sys.argv[1:])),
     )  # fmt: skip
+
+    def check(plans, folder: Path) -> None:
+        sweep.require_own(sweep.settings)
+        begins = not (out / SETTINGS).exists()  # else what is finished may need no text any more
+        for plan in plans:
+            require_text(plan, sweep.making.calib, reads=begins)
+        if begins:
+            require_data(sweep.judging.data)
+
+    reader, plans = open_model(model, chosen, target, check)
     try:
-        sweep.run(plans, methods)
+        sweep.run(reader, plans, methods)
     except KeyboardInterrupt:
         raise Failure("interrupted: the same command goes on", 130) from None
 
@@ -115,30 +117,28 @@ def _methods(names: str) -> list[BaselineMethod]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Variants of the checkpoint `reader` in the folder `out`: checkpoints and results by recipe."""
+    """Variants of a checkpoint in the folder `out`: checkpoints and results by recipe."""
 
-    model: Path
-    reader: "CheckpointReader"
     out: Path
     making: "RunOptions"
     judging: EvalOptions
 
-    def run(self, plans: list["Plan"], methods: list[BaselineMethod]) -> None:
+    def run(self, reader: "CheckpointReader", plans: list["Plan"], methods: list[BaselineMethod]) -> None:
         from klquant.checkpoint.quantized import QuantizedReader
         from klquant.cli.render import console
         from klquant.evaluate.baselines import baselines
         from klquant.report.comparison import Comparison
 
-        self._claim()
+        self._claim(reader)
         self._require_room(plans)
-        screen, results, others = console(), [], baselines(QuantizedReader(self.reader, None), plans, methods)
+        screen, results, others = console(), [], baselines(QuantizedReader(reader, None), plans, methods)
         for method in sorted(set(methods) - {baseline.method for baseline in others}):
             screen.print(f"no baseline {method}: a recipe of this sweep is that already")
         count = len(plans) + len(others)
         for number, plan in enumerate(plans, 1):
             screen.rule(f"{plan.recipe.name}, {number} of {count}", align="left", style="dim")
-            self._make(plan, screen)
-            results.append((str(self._result(plan)), self._judge(plan)))
+            self._make(reader, plan, screen)
+            results.append((str(self._result(plan)), self._judge(reader, plan)))
             screen.print(_line(results[-1][1]))
         for number, baseline in enumerate(others, len(plans) + 1):
             screen.rule(f"{baseline.title}, a baseline, {number} of {count}", align="left", style="dim")
@@ -151,7 +151,7 @@ class Sweep:
             write_report(comparison, self.out / name, form)
             screen.print(str(self.out / name), soft_wrap=True)
 
-    def _make(self, plan: "Plan", screen) -> None:
+    def _make(self, reader: "CheckpointReader", plan: "Plan", screen) -> None:
         from klquant.cli.live import watcher
         from klquant.cli.pace import Work
         from klquant.evaluate.quantization import read_provenance
@@ -161,15 +161,15 @@ class Sweep:
         folder = self._folder(plan)
         if (provenance := read_provenance(folder)) is not None:
             purpose = provenance.get("purpose") or {}
-            if (purpose.get("plan"), purpose.get("weights")) != (plan.digest(), self.reader.fingerprint()):
+            if (purpose.get("plan"), purpose.get("weights")) != (plan.digest(), reader.fingerprint()):
                 raise UserError(f"{folder}: made by another recipe, target or from other weights; delete it or move it")
             screen.print("quantized already")
             return
         works = {name: Work.of(decisions) for name, decisions in units_of(plan).items()}
         with watcher(screen, works) as shown:
-            quantize(self.reader, plan, folder, self.making, shown)
+            quantize(reader, plan, folder, self.making, shown)
 
-    def _judge(self, plan: "Plan") -> "Result":
+    def _judge(self, reader: "CheckpointReader", plan: "Plan") -> "Result":
         from klquant.checkpoint.quantized import QuantizedReader
         from klquant.cli.eval_table import Bar
         from klquant.evaluate.run import evaluate
@@ -178,7 +178,7 @@ class Sweep:
         if found := _found(file, QuantizedReader.open(folder).files.fingerprint()):
             return found
         with Bar() as bar:
-            return evaluate(folder, self.model, file, self.judging, bar)
+            return evaluate(folder, reader.folder, file, self.judging, bar)
 
     def _judge_baseline(self, baseline: "BaselineModel", file: Path) -> "Result":
         from klquant.cli.eval_table import Bar
@@ -187,9 +187,9 @@ class Sweep:
         if found := _found(file, baseline.fingerprint):
             return found
         with Bar() as bar:
-            return evaluate(self.model, None, file, self.judging, bar, baseline)
+            return evaluate(baseline.reader.files.folder, None, file, self.judging, bar, baseline)
 
-    def _require_text(self) -> None:
+    def _require_text(self, model: Path) -> None:
         """Raises UserError where text is missing or too short to evaluate on: the folder would be bound to it."""
         from klquant.calibrate.documents import resolve_sources
         from klquant.calibrate.text import SELF
@@ -197,21 +197,25 @@ class Sweep:
         from klquant.evaluate.text import eval_text
 
         judging = self.judging
-        eval_text(judging.data, load_tokenizer(self.model), windows=judging.windows, window=judging.window)
+        eval_text(judging.data, load_tokenizer(model), windows=judging.windows, window=judging.window)
         if self.making.calib not in (None, SELF):
             for source in resolve_sources(self.making.calib, seed=0):
                 next(source.open(), None)
 
-    def _claim(self) -> None:
-        """Make the folder, or find it as it was left. Raises UserError when it is another sweep's, or a checkpoint."""
-        from klquant.checkpoint.index import CONFIG, read_json
-        from klquant.checkpoint.writer import write_json
-
-        ours = {
-            "weights": self.reader.fingerprint(), "calib": self.making.calib, "data": self.judging.data,
-            "windows": self.judging.windows, "window": self.judging.window, "dtype": self.judging.dtype,
-            "device": self.making.device.partition(":")[0],
+    @property
+    def settings(self) -> dict[str, object]:
+        """What all variants share beside the weights."""
+        judging = self.judging
+        return {
+            "calib": self.making.calib, "data": judging.data, "windows": judging.windows, "window": judging.window,
+            "dtype": judging.dtype, "device": self.making.device.partition(":")[0],
         }  # fmt: skip
+
+    def require_own(self, ours: dict[str, object]) -> None:
+        """Raises UserError where the folder cannot be this sweep's: a checkpoint, or of other settings than `ours`."""
+        from klquant.checkpoint.index import CONFIG, read_json
+        from klquant.pipeline.journal import check_home
+
         file = self.out / SETTINGS
         if (self.out / CONFIG).exists():
             raise UserError(f"{self.out}: is a checkpoint; choose another folder for the sweep")
@@ -225,11 +229,20 @@ class Sweep:
             raise UserError(
                 f"{self.out}: another sweep is there ({'; '.join(changed)}); repeat it so, or choose another folder"
             )
+        if not self.out.exists():
+            check_home(self.out)
+        elif not file.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{self.out}: is neither empty nor a sweep's; choose another folder")
+
+    def _claim(self, reader: "CheckpointReader") -> None:
+        """Make the folder, or find it as it was left."""
+        from klquant.checkpoint.writer import write_json
+
+        ours, file = {"weights": reader.fingerprint(), **self.settings}, self.out / SETTINGS
+        self.require_own(ours)
         try:
             if not file.exists():
-                if self.out.exists() and any(self.out.iterdir()):
-                    raise UserError(f"{self.out}: is neither empty nor a sweep's; choose another folder")
-                self._require_text()
+                self._require_text(reader.folder)
                 self.out.mkdir(parents=True, exist_ok=True)
                 write_json(file, ours)
             for part in (MODELS, RESULTS):

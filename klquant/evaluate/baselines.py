@@ -150,6 +150,12 @@ def library(method: BaselineMethod) -> str | None:
     return None if method == "rtn" else f"bitsandbytes {version('bitsandbytes')}"
 
 
+def require_library(method: BaselineMethod) -> None:
+    """Raises UserError where what `method` takes is not installed."""
+    if method != "rtn":
+        bitsandbytes()
+
+
 def bitsandbytes():
     """Its functions. Raises UserError where it is not installed."""
     # It warns of a fast product that it lacks on CPUs, which is not used here.

@@ -10,12 +10,13 @@ from itertools import islice
 
 from torch import Tensor
 
-from klquant.calibrate.documents import resolve_sources
+from klquant.calibrate.documents import require_readable, resolve_sources
 from klquant.calibrate.tokenizer import Tokenizer
 from klquant.calibrate.windows import Consumed, as_tensor, iter_windows
 from klquant.errors import UserError
 
 SEED = 0  # the order of a public dataset's rows; files keep theirs
+DATA = "--data"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class EvalText:
         return {d.name: range(s, s + d.windows) for d, s in zip(self.domains, starts, strict=True)}
 
 
+def require_text(spec: str) -> None:
+    """Raises UserError where what `spec` names does not exist, or what reads it is not installed."""
+    require_readable(spec, DATA)
+
+
 def eval_text(spec: str, tokenizer: Tokenizer, *, windows: int, window: int) -> EvalText:
     """The first `windows` windows of `window` tokens of every source that `spec` names (`resolve_sources`).
 
@@ -51,7 +57,7 @@ def eval_text(spec: str, tokenizer: Tokenizer, *, windows: int, window: int) -> 
     """
     rows: list[list[int]] = []
     domains, notes = [], []
-    for source in resolve_sources(spec, SEED, "--data"):
+    for source in resolve_sources(spec, SEED, DATA):
         consumed = Consumed()
         own = list(islice(iter_windows(source.open(), tokenizer, window, consumed), windows))
         if not own:

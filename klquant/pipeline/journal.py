@@ -197,6 +197,11 @@ def check_output(out: Path) -> None:
     """Raises UserError unless OUT can be made: it does not exist, or is an empty folder."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: exists and is not an empty folder; choose another output or empty it first")
+    check_home(out)
+
+
+def check_home(out: Path) -> None:
+    """Raises UserError unless OUT, which is not there yet, can be created where it belongs."""
     home = next(parent for parent in out.absolute().parents if parent.exists())
     if not home.is_dir():
         raise UserError(f"{out}: cannot be created: {home} is a file; choose another output")

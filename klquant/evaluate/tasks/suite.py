@@ -57,9 +57,7 @@ class Suite:
         """`folder`: the checkpoint that the tokenizer is from. `room`: the model's context."""
         self.watcher, self.text = watcher, TaskText(tokenizer, folder, room, options.chat)
         self.tasks: list[tuple[OneTask, str]] = []
-        names = [n for name in dict.fromkeys(options.names) for n in (KINDS if name == ALL else [name])]
-        foreign = [n for n in names if n not in KINDS]
-        harness = Harness(foreign, [ALL, *KINDS], options) if foreign else None
+        names, harness = _open(options)
         for name in dict.fromkeys(names):
             watcher.begin(f"questions of {name}", 1)
             task = NeedleTask(name, options, room) if name in KINDS else harness.load(name)
@@ -91,6 +89,18 @@ class Suite:
                 write_json(file, [r.model_dump(mode="json") for r in found])
             results += found
         return results
+
+
+def require_names(options: TaskOptions) -> None:
+    """Raises UserError for an unknown task, and where lm-eval is asked for and not installed."""
+    _open(options)
+
+
+def _open(options: TaskOptions) -> tuple[list[str], Harness | None]:
+    """The tasks that `options` name, and lm-eval where some are its own."""
+    names = [n for name in dict.fromkeys(options.names) for n in (KINDS if name == ALL else [name])]
+    foreign = [n for n in names if n not in KINDS]
+    return names, Harness(foreign, [ALL, *KINDS], options) if foreign else None
 
 
 def notes(scores: Sequence[TaskScore]) -> list[str]:
