@@ -35,6 +35,13 @@ class Coverage:
     wanted: int
 
 
+def whole_windows(params: CalibrationParams) -> tuple[int, int]:
+    """Windows that hold `params.tokens`, and the most that are drawn for rare experts: tokens are rounded up to whole
+    windows, the most is what `params.max_tokens` has room for."""
+    least = ceil(params.tokens / params.window)
+    return least, max(least, params.max_tokens // params.window)
+
+
 def draw_windows(
     pool: CalibrationPool,
     source: WeightSource,
@@ -42,17 +49,16 @@ def draw_windows(
     settings: WalkSettings,
     progress: Callable[[str, float], None],
 ) -> tuple[Calibration, Coverage | None]:
-    """Take windows from `pool` until the experts are covered or `params.max_tokens` is reached.
+    """Take windows from `pool` until the experts are covered or `params.max_tokens` is reached (`whole_windows`).
 
-    Without a minimum (`min_expert_tokens` 0) it takes `params.tokens` and probes nothing.
+    Without a minimum (`min_expert_tokens` 0) it takes those of `params.tokens` and probes nothing.
     """
-    base = params.tokens // params.window
+    base, most = whole_windows(params)
     ids = pool.take(base)
     if not params.min_expert_tokens or not ids.numel():
         return pool.calibration(), None
     probe = ids[: max(1, PROBE_TOKENS // params.window)]
     rate = _percentile_rate(source, probe, settings, progress)
-    most = params.max_tokens // params.window
     tokens = params.min_expert_tokens / rate if rate else float("inf")
     wanted = min(most, max(base, ceil(min(tokens, most * params.window) / params.window)))
     pool.take(wanted - base)

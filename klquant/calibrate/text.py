@@ -116,6 +116,9 @@ class CalibrationPool:
                     f"source {info.name!r} is used up: {info.windows} windows where others gave {most} "
                     f"({info.tokens} tokens in {info.documents} documents)"
                 )
+        pairs = zip(self._streams, sources, strict=True)
+        if unheard := [repr(info.name) for stream, info in pairs if not info.windows and not stream.exhausted]:
+            notes.append(f"no window was left for {', '.join(unheard)}; give more tokens, or a shorter window")
         if len(self._taken) < self._asked:
             notes.append(f"{self._asked} windows were asked for, the text fills {len(self._taken)}")
         return tuple(notes)

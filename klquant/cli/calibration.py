@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def with_calibration(recipe: Recipe, tokens: int | None, window: int | None, option: str) -> Recipe:
     """The recipe with what the command line says of its calibration, the window by `option`. A number of tokens asked
-    for is kept to."""
+    for is kept to, but for what fills the last window."""
     changes = {} if window is None else {"window": window}
     if tokens is not None:
         changes |= {"tokens": tokens, "max_tokens": tokens, "min_expert_tokens": 0}

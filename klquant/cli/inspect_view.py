@@ -52,7 +52,7 @@ def _print_head(out: Console, found: Findings) -> None:
     out.print(Text(" · ".join(made), style="dim"))
     if (c := p.calibration) is not None:
         sources = ", ".join(f"{s.name} {s.windows}" for s in c.sources)
-        tokens = f"{c.windows * c.window:,} tokens: {c.windows:,} windows of {c.window:,}"
+        tokens = f"{c.windows * c.window:,} tokens: {c.windows:,} window{'s' * (c.windows > 1)} of {c.window:,}"
         out.print(Text(f"calibrated on {tokens} ({sources})", style="dim"))
     for change in p.changes:
         what = f"{change.cls} {', '.join(change.roles)}: {change.count} tensors kept"

@@ -45,7 +45,7 @@ from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
     "--calib-tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Calibrate on exactly N tokens.  [default: the recipe's, more where experts get few]",
+    help="Calibrate on N tokens, rounded up to whole windows.  [default: the recipe's, more where experts get few]",
 )
 @click.option(
     "--window", type=click.IntRange(min=2), metavar="N", help="Tokens in a calibration window.  [default: the recipe's]"

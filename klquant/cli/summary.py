@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from klquant.calibrate.coverage import whole_windows
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.render import count
 from klquant.cli.spell import duration, percent, place, some
@@ -103,9 +104,10 @@ def _calibration(plan: Plan, options: RunOptions) -> str:
     params = plan.recipe.calibration
     if not plan.needs_calibration:
         return "none: this recipe rounds each weight by itself" + "; --calib is not used" * bool(options.calib)
-    text = f"{options.calib or params.mix}, {params.tokens:,} tokens in windows of {params.window:,}"
-    if params.min_expert_tokens and params.max_tokens > params.tokens:
-        text += f"; up to {params.max_tokens:,}, until rare experts get {params.min_expert_tokens}"
+    least, most = whole_windows(params)
+    text = f"{options.calib or params.mix}, {least * params.window:,} tokens in windows of {params.window:,}"
+    if params.min_expert_tokens and most > least:
+        text += f"; up to {most * params.window:,}, until rare experts get {params.min_expert_tokens}"
     return text
 
 

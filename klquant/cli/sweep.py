@@ -44,7 +44,7 @@ BASELINE = "baseline-"  # before the names of baselines' results
               help="The engine that will load the results.")  # fmt: skip
 @click.option("--calib", multiple=True, metavar="MIX|FILE", help="Calibration text.  [default: each recipe's]")
 @click.option("--calib-tokens", type=click.IntRange(min=1), metavar="N",
-              help="Calibrate on exactly N tokens.  [default: each recipe's]")  # fmt: skip
+              help="Calibrate on N tokens, rounded up to whole windows.  [default: each recipe's]")  # fmt: skip
 @click.option("--calib-window", type=click.IntRange(min=2), metavar="N",
               help="Tokens in a calibration window.  [default: each recipe's]")  # fmt: skip
 @click.option("--data", multiple=True, default=(_EVAL.data,), show_default=True,

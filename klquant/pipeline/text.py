@@ -7,7 +7,7 @@ that the model itself made is taken from there, for sampling it takes long and a
 import json
 from dataclasses import asdict, dataclass
 
-from klquant.calibrate.coverage import Coverage, draw_windows
+from klquant.calibrate.coverage import Coverage, draw_windows, whole_windows
 from klquant.calibrate.sample import sample_windows
 from klquant.calibrate.text import SELF, Calibration, SourceInfo, open_pool
 from klquant.calibrate.tokenizer import load_tokenizer
@@ -64,7 +64,7 @@ def draw_text(
         return kept
 
     calibration, coverage = draw_windows(pool, reader, params, settings, progress)
-    return Text(spec, calibration, coverage, params.tokens // params.window if coverage is None else coverage.wanted)
+    return Text(spec, calibration, coverage, whole_windows(params)[0] if coverage is None else coverage.wanted)
 
 
 def keep_text(text: Text, journal: Journal) -> None:

@@ -124,6 +124,16 @@ def test_a_short_source_is_used_up_and_named(tok, tmp_path):
     assert "1013 windows were asked for, the text fills 42" in pool.calibration().notes
 
 
+def test_a_source_that_no_window_is_left_for_is_named(tok, tmp_path):
+    for n in "abc":
+        jsonl(tmp_path / f"{n}.jsonl", *[f"{n}{i}" * 9 for i in range(20)])
+    pool = open_pool(str(tmp_path), tok, CFG, window=16)
+    pool.take(1)
+    assert pool.calibration().notes == ("no window was left for 'b', 'c'; give more tokens, or a shorter window",)
+    pool.take(2)
+    assert pool.calibration().notes == ()
+
+
 @pytest.mark.parametrize("rows, figures", [(["short", "text"], "13 tokens in 2 documents"), ([], "0 tokens in 0")])
 def test_too_little_text_for_one_window(tok, tmp_path, rows, figures):
     file = jsonl(tmp_path / "s.jsonl", *rows)

@@ -59,6 +59,11 @@ def test_everything_in_one_page(made):
     assert "head" in text and max(map(len, text.splitlines())) <= 100
 
 
+def test_one_window_is_one(copy):
+    edit_json(copy / PROVENANCE, lambda made: made["calibration"].update(windows=1, window=64))
+    assert "calibrated on 64 tokens: 1 window of 64 " in ok(copy)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("args", [[], ["--layer", "3"], ["--class", "mla_proj"]])
 def test_nothing_is_cut_or_too_wide(made, monkeypatch, width, args):

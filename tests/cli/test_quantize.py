@@ -146,6 +146,13 @@ def test_other_calibration_than_the_recipes(model, small, tmp_path):
     assert made["purpose"]["shard_bytes"] == 20_000 and len(made["shards"]) > 4
 
 
+def test_tokens_are_rounded_up_to_whole_windows_and_said(model, small, tmp_path):
+    result = quantize(model, "-o", tmp_path / "out", "--recipe", small, "--calib-tokens", 100, "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "tiny, 128 tokens in windows of 64\n" in result.stdout
+    assert json.loads((tmp_path / "out" / "klquant.json").read_text())["calibration"]["windows"] == 2
+
+
 def test_rounding_says_that_it_needs_no_text(model, tmp_path):
     file = tmp_path / "round.yaml"
     file.write_text(recipe_text(ROUND))

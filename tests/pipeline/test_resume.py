@@ -221,6 +221,15 @@ def test_a_damaged_state_is_one_line(stopped, model, name):
     assert not stopped.exists()
 
 
+def test_tokens_that_fill_no_whole_windows_are_the_same_when_resumed(model, tmp_path):
+    odd = recipe(text="calibration: {mix: tiny, tokens: 100, window: 64, min_expert_tokens: 0, max_tokens: 100}")
+    assert run(model, tmp_path / "whole", odd)["calibration"]["windows"] == 2
+    with pytest.raises(Stopped):
+        run(model, tmp_path / "out", odd, watcher=Stop("layer 1"))
+    run(model, tmp_path / "out", odd, resume=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def test_free_memory_at_the_time_of_the_resume_does_not_matter(stopped, model, monkeypatch, whole_digests):
     monkeypatch.setattr(experts, "free_memory", lambda device: 1)
     run(model, stopped, resume=True)
