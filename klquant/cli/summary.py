@@ -1,5 +1,6 @@
 """What `klquant quantize` says before it begins and when it is done."""
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -8,14 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from klquant.calibrate.coverage import whole_windows
+from klquant.calibrate.documents import BUILT_IN
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.render import count
 from klquant.cli.spell import duration, percent, place, some
 from klquant.core.device import pick_devices
 from klquant.core.memory import free_memory
 from klquant.core.units import decimal
+from klquant.errors import UserError
+from klquant.evaluate.options import EvalOptions
+from klquant.evaluate.text import require_text
 from klquant.pipeline.report import Traffic
-from klquant.pipeline.run import RunOptions
+from klquant.pipeline.run import RunOptions, missing_tokenizer
 from klquant.recipe.plan import Plan
 from klquant.recipe.schema import CalibrationParams
 
@@ -64,9 +69,22 @@ def print_after(
     out.print(Text.assemble(("done", "bold green"), f" in {duration(seconds)}"))
     _print_rows(out, rows)
     out.print()
-    for command in (f"verify {path}", f"inspect {path}", f"eval {path} --against {model}"):
+    for command in next_commands(model, path):
         # To be copied: never broken into lines.
-        out.print(Text.assemble("  klquant ", command), soft_wrap=True)
+        out.print(Text(f"  {shlex.join(['klquant', *command])}"), soft_wrap=True)
+
+
+def next_commands(model: str, path: Path) -> list[list[str]]:
+    """Commands that run as they are: without a tokenizer nothing is evaluated, without `datasets` on built-in text."""
+    commands = [["verify", str(path)], ["inspect", str(path)]]
+    if missing_tokenizer(path) is None:
+        try:
+            require_text(EvalOptions.data)
+            text = []
+        except UserError:
+            text = ["--data", BUILT_IN]
+        commands.append(["eval", str(path), "--against", model, *text, "-o", f"{path}.json"])
+    return commands
 
 
 def expert_lines(tokens: dict[str, list[int]], params: CalibrationParams) -> list[tuple[str, Text]]:

@@ -93,7 +93,7 @@ def quantize(
                 watcher.note(note)
             spec = options.calib or plan.recipe.calibration.mix
             text = draw_text(spec, reader, plan.recipe.calibration, settings, watcher, journal)
-        elif lack := _missing_tokenizer(reader.folder):
+        elif lack := missing_tokenizer(reader.folder):
             watcher.note(f"{lack}: without it the result can neither be evaluated nor answer")
         if not before:
             journal.make()
@@ -110,7 +110,7 @@ def quantize(
         return finish(reader, plan, journal, shards, text)
 
 
-def _missing_tokenizer(folder: Path) -> str | None:
+def missing_tokenizer(folder: Path) -> str | None:
     """Why a checkpoint's tokenizer cannot be used, None where it can."""
     try:
         load_tokenizer(folder)

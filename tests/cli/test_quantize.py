@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from klquant.checkpoint.index import INDEX
 from klquant.checkpoint.verify import verify
 from klquant.cli.main import main
+from klquant.cli.summary import next_commands
 from tests.checkpoint.build import edit_json
 from tests.pipeline.build import ROUND, recipe_text, short_model, unfinished
 from tests.recipe.build import WIDE
@@ -73,9 +75,32 @@ def test_a_pipe_gets_plain_lines(done, model):
         f"{model} → {out}\n", "recipe       small", " kB → ", "bits a weight", "tiny, 256 tokens in windows of 64",
         "CPU  1 thread", "calibration: probing the router", "done in", "of a weight's output energy",
         "calibration tokens for the middle expert", f"  klquant verify {out}\n", f"  klquant inspect {out}\n",
-        f"  klquant eval {out} --against {model}\n",
+        f"  klquant eval {out} --against {model} ",
     ):  # fmt: skip
         assert part in text, part
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_evaluation_to_copy_runs(done, model, tmp_path, monkeypatch, there):
+    """With the default mix where its library is there, else on text that needs none."""
+    monkeypatch.setattr("klquant.calibrate.documents.find_spec", lambda name: object() if there else None)
+    (line,) = _commands_after(model, done[1], "eval")
+    assert line.split() == ["klquant", "eval", str(done[1]), "--against", str(model),
+                            *([] if there else ["--data", "tiny"]), "-o", f"{done[1]}.json"]  # fmt: skip
+    if not there:
+        evaluate = CliRunner().invoke(main, [*shlex.split(line)[1:], "--windows", "1"], catch_exceptions=False)
+        assert evaluate.exit_code == 0, evaluate.stderr
+
+
+def test_what_has_no_tokenizer_or_a_space_in_its_name_is_said_so_that_it_runs(done, model, tmp_path):
+    out = shutil.copytree(done[1], tmp_path / "my model")
+    assert [shlex.split(line)[2] for line in _commands_after(model, out, "eval")] == [str(out)]
+    (out / "tokenizer.json").unlink()
+    assert _commands_after(model, out, "eval") == []
+
+
+def _commands_after(model: Path, out: Path, name: str) -> list[str]:
+    return [shlex.join(["klquant", *command]) for command in next_commands(str(model), out) if command[0] == name]
 
 
 def test_a_run_is_gone_on_with(model, small, tmp_path, monkeypatch, done):
