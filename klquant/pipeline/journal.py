@@ -39,15 +39,17 @@ class Purpose:
     shard_bytes: int
 
 
+SETTINGS = "settings"  # in PURPOSE, beside the purpose: what its `plan` is a digest of
+OTHER_FORMAT = "another version of klquant"
 # Field → what to say when a resumed run was started with another value.
 _CHANGED = {
-    "klquant": "another version of klquant",
-    "torch": "another version of torch",
+    "klquant": "klquant {0}, not {1}",
+    "torch": "torch {0}, not {1}",
     "weights": "other weights",
     "plan": "another recipe, target or tensor index",
     "calibration": OTHER_TEXT,
-    "device": "another kind of CPU or card",
-    "shard_bytes": "another shard size",
+    "device": "the device {0}, not {1}",
+    "shard_bytes": "shards of {0:,} bytes, not {1:,}",
 }
 
 
@@ -61,6 +63,7 @@ class Journal:
         self.folder = out.with_name(out.name + SUFFIX)
         self.state = self.folder / STATE
         self.found: dict | None = None
+        self.settings: dict = {}
         self._lock = -1
 
     def __enter__(self) -> "Journal":
@@ -86,11 +89,13 @@ class Journal:
             )
         self._take()
         if self.complete:
-            self.found = self._read(self.folder / PROVENANCE).get("purpose", {})
+            self.settings = self._read(self.folder / PROVENANCE)
+            self.found = self.settings.get("purpose", {})
         elif (self.state / PURPOSE).exists():  # else it was killed while the folder was being made
             self.found = self._read(self.state / PURPOSE)
+            self.settings = self.found.pop(SETTINGS, {})
         if self.found is not None and self.found.keys() != {field.name for field in fields(Purpose)}:
-            raise self.refusal(_CHANGED["klquant"])
+            raise self.refusal(OTHER_FORMAT)
         return self.found
 
     def make(self) -> None:
@@ -101,17 +106,21 @@ class Journal:
             raise UserError(f"{self.folder}: cannot be created: {error.strerror}") from None
         self._take()
 
-    def begin(self, purpose: Purpose) -> None:
-        """Commit to a purpose. What a resumed run needs beside finished units must be in the folder already."""
-        write_json(self.state / PURPOSE, asdict(purpose))
+    def begin(self, purpose: Purpose, settings: dict) -> None:
+        """Commit to a purpose, and keep the `settings` that its plan came of: `recipe` and `target`. What a resumed run
+        needs beside finished units must be in the folder already."""
+        write_json(self.state / PURPOSE, asdict(purpose) | {SETTINGS: settings})
         self.found = asdict(purpose)
 
-    def check(self, purpose: Purpose) -> None:
-        """Raises UserError unless the run found is one for `purpose`."""
-        now = asdict(purpose)
-        changed = [text for key, text in _CHANGED.items() if self.found.get(key) != now[key]]
+    def check(self, purpose: Purpose, settings: dict) -> None:
+        """Raises UserError unless the run found is one for `purpose`; `settings` name what differs of the plan."""
+        now, changed = asdict(purpose), []
+        for key, text in _CHANGED.items():
+            if self.found.get(key) != now[key]:
+                named = _changed_settings(self.settings, settings) if key == "plan" else []
+                changed += named or [text.format(self.found.get(key), now[key])]
         if changed:
-            raise self.refusal(" and ".join(changed))
+            raise self.refusal("; ".join(changed))
 
     def refusal(self, what: str) -> UserError:
         return UserError(f"{self.folder}: was started with {what}; resume it as it was started, or delete it")
@@ -191,6 +200,22 @@ class Journal:
         if not isinstance(value, dict):
             raise UserError(f"{file}: unreadable; delete {self.folder} and start again")
         return value
+
+
+def _changed_settings(then: dict, now: dict) -> list[str]:
+    """What a run was started with and is not now, of `recipe` and `target`: by key, with both values."""
+    old, new = then.get("recipe", {}), now["recipe"]
+    said = [f"{key} {a}, not {b}" for key, a, b in (
+        ("recipe", old.get("name"), new["name"]), ("target", then.get("target"), now["target"])) if a != b]  # fmt: skip
+    if not old or old.get("name") != new["name"]:
+        return said if old else []
+    for key, value in new.items():
+        if isinstance(value, dict):
+            was = old.get(key, {})
+            said += [f"{key}.{part} {was.get(part)}, not {v}" for part, v in value.items() if was.get(part) != v]
+        elif old.get(key) != value:
+            said.append(f"other {key} of the recipe")
+    return said
 
 
 def check_output(out: Path) -> None:

@@ -83,8 +83,9 @@ def quantize(
             klquant.__version__, torch.__version__, reader.fingerprint(), plan.digest(),
             before and before["calibration"], hardware(settings.devices), options.shard_bytes,
         )  # fmt: skip
+        made_from = {"recipe": plan.recipe.model_dump(mode="json"), "target": plan.target}
         if before:
-            journal.check(purpose)
+            journal.check(purpose, made_from)
             if journal.complete:
                 return journal.finish()
         text = None
@@ -100,7 +101,7 @@ def quantize(
             if text is not None:
                 keep_text(text, journal)
                 purpose = replace(purpose, calibration=text.calibration.sha256)
-            journal.begin(purpose)
+            journal.begin(purpose, made_from)
         for note in text.calibration.notes if text else ():
             watcher.note(note)
         shards = plan_shards(layer_units(plan.stored_sizes()), options.shard_bytes)

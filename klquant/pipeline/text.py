@@ -43,7 +43,7 @@ def draw_text(
     kept = _kept(journal) if journal.found else None
     if kept is not None and SELF in (spec, kept.spec):
         if spec != kept.spec:
-            raise journal.refusal(OTHER_TEXT)
+            raise journal.refusal(_other_text(kept.spec, spec))
         return kept
 
     def progress(phase: str, fraction: float) -> None:
@@ -60,11 +60,16 @@ def draw_text(
     if kept is not None:
         pool.take(kept.asked)
         if pool.calibration().sha256 != kept.calibration.sha256:
-            raise journal.refusal(OTHER_TEXT)
+            raise journal.refusal(_other_text(kept.spec, spec))
         return kept
 
     calibration, coverage = draw_windows(pool, reader, params, settings, progress)
     return Text(spec, calibration, coverage, whole_windows(params)[0] if coverage is None else coverage.wanted)
+
+
+def _other_text(then: str, now: str) -> str:
+    """A name may have moved with its text; where the names are the same, what they name has changed."""
+    return OTHER_TEXT if then == now else f"{OTHER_TEXT}: {then}, not {now}"
 
 
 def keep_text(text: Text, journal: Journal) -> None:

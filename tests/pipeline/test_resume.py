@@ -133,39 +133,55 @@ def test_a_renamed_or_moved_model_is_not_another_one(stopped, model, tmp_path, w
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "what"),
     [
-        {"rules": RULES.replace("bits: 4", "bits: 3")},
-        {"rules": RULES.replace("gptq", "awq", 1)},
-        {"gptq": "refine_rounds: 1"},
-        {"text": TEXT.replace("window: 64", "window: 32")},
+        ({"rules": RULES.replace("bits: 4", "bits: 3")}, "other rules of the recipe"),
+        ({"rules": RULES.replace("gptq", "awq", 1)}, "other rules of the recipe"),
+        ({"gptq": "refine_rounds: 1"}, "gptq.refine_rounds 0, not 1"),
+        ({"text": TEXT.replace("window: 64", "window: 32")}, "calibration.window 64, not 32"),
+        ({"text": TEXT.replace("tokens: 256", "tokens: 128")}, "calibration.tokens 256, not 128"),
     ],
 )
-def test_another_recipe_is_refused(stopped, model, changes):
-    refused(stopped, "was started with another recipe", model, recipe(**changes), resume=True)
+def test_another_recipe_is_refused_by_what_differs(stopped, model, changes, what):
+    refused(stopped, f"was started with {what}; resume it as it was started", model, recipe(**changes), resume=True)
+
+
+def test_a_recipe_of_another_name_is_just_named(stopped, model):
+    other = recipe(gptq="damp: 0.02").model_copy(update={"name": "other"})
+    refused(stopped, "was started with recipe small, not other; resume", model, other, resume=True)
+
+
+def test_what_an_older_run_did_not_keep_is_not_named(stopped, model):
+    file = unfinished(stopped) / ".state" / "purpose.json"
+    purpose = json.loads(file.read_text())
+    del purpose["settings"]
+    file.write_text(json.dumps(purpose))
+    refused(stopped, "was started with another recipe, target or", model, recipe(gptq="damp: 0.02"), resume=True)
 
 
 def test_another_target_is_refused(stopped, model, monkeypatch):
     monkeypatch.setitem(TARGETS, "other", TARGETS["klquant"])
-    refused(stopped, "another recipe, target or tensor index", model, resume=True, target="other")
+    refused(stopped, "was started with target klquant, not other; resume", model, resume=True, target="other")
 
 
 def test_other_text_is_refused(stopped, model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Quite another text. " * 40)
-    refused(stopped, "was started with other calibration text", model, resume=True, calib=str(text))
-    refused(stopped, "was started with other calibration text", model, resume=True, calib="self")
+    refused(stopped, f"with other calibration text: tiny, not {text}; resume", model, resume=True, calib=str(text))
+    refused(stopped, "with other calibration text: tiny, not self; resume", model, resume=True, calib="self")
 
 
 def test_another_shard_size_is_refused(stopped, model):
-    refused(stopped, "was started with another shard size", model, resume=True, shard_bytes=50_000)
+    what = "was started with shards of 5,000,000,000 bytes, not 50,000; resume"
+    refused(stopped, what, model, resume=True, shard_bytes=50_000)
 
 
 def test_another_kind_of_device_is_refused(stopped, model, monkeypatch):
     """A GPU works in other precision and order."""
     monkeypatch.setattr(pipeline, "pick_devices", lambda names: [torch.device("cuda")])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some card")
-    refused(stopped, "was started with another kind of CPU or card", model, resume=True, device="cuda")
+    what = "was started with the device cpu [A-Z0-9]+, not cuda some card; resume"
+    refused(stopped, what, model, resume=True, device="cuda")
 
 
 def test_where_nothing_can_be_resumed_a_run_begins_and_says_so(model, tmp_path, whole_digests):
@@ -184,18 +200,18 @@ def test_where_nothing_can_be_resumed_a_run_begins_and_says_so(model, tmp_path, 
 def test_a_cpu_with_other_instructions_is_refused(stopped, model, monkeypatch):
     """It adds in other orders."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "some instructions")
-    refused(stopped, "was started with another kind of CPU or card", model, resume=True)
+    refused(stopped, "was started with the device cpu [A-Z0-9]+, not cpu some instructions", model, resume=True)
 
 
 def test_every_change_is_named(stopped, model):
-    match = "another recipe, target or tensor index and another shard size"
+    match = "with gptq.damp 0.05, not 0.02; gptq.refine_rounds 0, not 3; shards of 5,000,000,000 bytes, not 50,000;"
     refused(stopped, match, model, recipe(gptq="damp: 0.02"), resume=True, shard_bytes=50_000)
 
 
 @pytest.mark.parametrize("module", ["klquant", "torch"])
 def test_another_version_is_refused(stopped, model, monkeypatch, module):
     monkeypatch.setattr(f"{module}.__version__", "0.0.9")
-    refused(stopped, f"was started with another version of {module}", model, resume=True)
+    refused(stopped, rf"was started with {module} [\w.+]+, not 0\.0\.9; resume", model, resume=True)
 
 
 def test_two_runs_do_not_share_a_folder(stopped, model):
