@@ -119,18 +119,16 @@ def write_index(folder: Path, shards: Sequence[Shard], sizes: Mapping[str, int])
     write_json(Path(folder) / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation config and licence files; names of the copies, sorted.
+def side_files(source: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config and licence files, by name. Never code, weights or pickles."""
+    found = {path for pattern in _SIDE_FILES for path in Path(source).glob(pattern)}
+    return sorted(path for path in found if path.is_file() and path.suffix in _SIDE_SUFFIXES)
 
-    Never code, weights or pickles.
-    """
-    names = {
-        path.name
-        for pattern in _SIDE_FILES
-        for path in Path(source).glob(pattern)
-        if path.is_file() and path.suffix in _SIDE_SUFFIXES
-    }
-    for name in sorted(names):
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy `side_files`; names of the copies, sorted."""
+    names = [path.name for path in side_files(source)]
+    for name in names:
         path = inside(Path(source), name, str(source))
         try:
             size, file = path.stat().st_size, path.open("rb")
@@ -139,7 +137,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
         with file, _atomic(Path(target) / name, size) as copy:
             while block := file.read(COPY_BLOCK):
                 copy.write(block)
-    return sorted(names)
+    return names
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`klquant quantize MODEL -o OUT`: the main job, watched, and gone on with after it was stopped."""
 
-import shutil
 from pathlib import Path
 
 import click
@@ -9,7 +8,6 @@ from klquant.checkpoint.index import PROVENANCE
 from klquant.cli.calibration import require_text, with_calibration
 from klquant.cli.main import Failure
 from klquant.cli.spell import Size
-from klquant.core.units import decimal
 from klquant.errors import UserError
 from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
 from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
@@ -70,6 +68,7 @@ def command(
     from klquant.core.device import default_device, pick_devices
     from klquant.pipeline.journal import Journal
     from klquant.pipeline.placement import Limits
+    from klquant.pipeline.room import Room, require_room
     from klquant.pipeline.run import SHARD_BYTES, RunOptions
 
     options = RunOptions(
@@ -87,7 +86,8 @@ def command(
 
     def check(plans, folder: Path) -> None:
         require_text(plans[0], options.calib)
-        _require_room(journal.folder, plans[0].part().bytes_after)
+        room = Room.of(plans[0], folder, devices[0])
+        require_room([room], out, [journal.folder], "the result takes", "choose another output")
 
     reader, (plan,) = open_model(model, [chosen], target, check)
     _run(model, reader, plan, out, options)
@@ -112,14 +112,3 @@ def _run(model: str, reader, plan, out: Path, options) -> None:
         kept = "the same command with --resume goes on" if Journal(out).folder.exists() else "nothing was written"
         raise Failure(f"interrupted: {kept}", 130) from None
     print_after(screen, model, plan, out, provenance, shown.pace.gone, shown.traffic)
-
-
-def _require_room(folder: Path, need: int) -> None:
-    """Raises UserError where the result cannot fit the disk. What an unfinished run has written counts as room."""
-    home = next(parent for parent in folder.absolute().parents if parent.exists())
-    have = shutil.disk_usage(home).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if have < need:
-        raise UserError(
-            f"{home}: the result takes {decimal(need)}, but only {decimal(have)} are free; "
-            "free disk space or choose another output"
-        )

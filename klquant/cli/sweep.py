@@ -1,8 +1,7 @@
 """`klquant sweep MODEL --recipes …`: quantize, evaluate and report in one go; what is finished is not done again."""
 
-import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -87,6 +86,7 @@ def command(
             require_text(plan, sweep.making.calib, reads=begins)
         if begins:
             require_data(sweep.judging.data)
+        sweep.require_room(plans, folder)
 
     reader, plans = open_model(model, chosen, target, check)
     try:
@@ -130,7 +130,6 @@ class Sweep:
         from klquant.report.comparison import Comparison
 
         self._claim(reader)
-        self._require_room(plans)
         screen, results, others = console(), [], baselines(QuantizedReader(reader, None), plans, methods)
         for method in sorted(set(methods) - {baseline.method for baseline in others}):
             screen.print(f"no baseline {method}: a recipe of this sweep is that already")
@@ -250,16 +249,15 @@ class Sweep:
         except OSError as error:
             raise UserError(f"{self.out}: cannot be created: {error.strerror}; choose another folder") from None
 
-    def _require_room(self, plans: Iterable["Plan"]) -> None:
-        todo = [plan for plan in plans if not self._folder(plan).exists()]
-        need = sum(plan.part().bytes_after for plan in todo)
-        done = sum(f.stat().st_size for plan in todo for f in self._unfinished(plan).rglob("*") if f.is_file())
-        have = shutil.disk_usage(self.out).free + done
-        if have < need:
-            raise UserError(
-                f"{self.out}: the {len(todo)} variants to make take {decimal(need)}, but only {decimal(have)} "
-                "are free; free disk space or sweep fewer recipes"
-            )
+    def require_room(self, plans: Sequence["Plan"], model: Path) -> None:
+        """Raises UserError where the disk has no room for the variants that are not there yet."""
+        from klquant.core.device import pick_device
+        from klquant.pipeline.room import Room, require_room
+
+        todo, device = [plan for plan in plans if not self._folder(plan).exists()], pick_device(self.making.device)
+        rooms, unfinished = [Room.of(plan, model, device) for plan in todo], [self._unfinished(plan) for plan in todo]
+        what = f"the {len(todo)} variants to make take" if len(todo) > 1 else "the variant to make takes"
+        require_room(rooms, self.out, unfinished, what, "sweep fewer recipes")
 
     def _folder(self, plan: "Plan") -> Path:
         return self.out / MODELS / plan.recipe.name

@@ -32,7 +32,7 @@ from klquant.pipeline.journal import Journal, Purpose
 from klquant.pipeline.landing import Landing
 from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices
 from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
-from klquant.pipeline.streams import StreamStore, stream_names
+from klquant.pipeline.streams import DTYPES, StreamStore, stream_names
 from klquant.pipeline.text import draw_text, keep_text
 from klquant.pipeline.units import Progress, UnitResult, Units, names_read, packed_bytes, units_of
 from klquant.recipe.decision import Decision
@@ -73,7 +73,7 @@ def quantize(
         device, *others = pick_devices(options.device)
         settings = WalkSettings(
             device=device,
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            dtype=DTYPES[device.type],
             batch=max(1, BATCH_TOKENS[device.type] // plan.recipe.calibration.window),
             others=tuple(others),
             host_limit=options.limits.cpu,

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from klquant.pipeline.placement import Limits, place
 from klquant.pipeline.units import Units
 from klquant.recipe.plan import Plan
 
+# Of activations, by kind of device.
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 WINDOWS_A_COPY = 16
 # Share of a run's time that copies may take: a layer waits for the one under way. A resumed run does again what came
 # after the last, which at this share is a few layers on a GPU and none on a CPU.

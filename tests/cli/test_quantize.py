@@ -337,7 +337,9 @@ def test_a_disk_too_small_is_refused_before_any_work(model, small, tmp_path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     result = quantize(model, "-o", tmp_path / "a" / "out", "--recipe", small)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert re.search(rf"error: {tmp_path}: the result takes [\d.]+ kB, but only 1\.00 kB are free", result.stderr)
+    # Two copies of two streams of 256 tokens × 64 values of FP32, and the tokens.
+    match = rf"error: {tmp_path}: the result takes [\d.]+ kB and 264 kB for text and activations .* 1\.00 kB are free"
+    assert re.search(match, result.stderr), result.stderr
 
 
 @pytest.mark.parametrize("size", ["5 pounds", "0GB", "-1", ""])
