@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from klquant.cli.engine import DeviceSizes
+from klquant.cli.engine import DeviceSizes, named_as_options
 from klquant.recipe.schema import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
@@ -75,12 +75,13 @@ def command(
     from klquant.engine.engine import default_devices
     from klquant.engine.placement import find_devices, host_room
 
-    found = find_devices(default_devices() if devices is None else devices, max_memory)
+    with named_as_options():
+        found = find_devices(default_devices() if devices is None else devices, max_memory)
     kind = next(iter(found)).type
     given = (prefill, batch, context, steps)
     cells = Cells(*(default if value is None else value for value, default in zip(given, DEFAULTS[kind], strict=True)))
     source = _Checkpoint(model) if synthetic is None else _Synthetic(synthetic, recipe or DEFAULT_RECIPE)
-    with Notes(quiet=as_json) as notes:
+    with Notes(quiet=as_json) as notes, named_as_options():
         if kind == "cpu":
             notes.note("no GPU: this times the plain torch path, which is slow and only meant to work everywhere")
         result = run(source, found, cells, int(cache_bits), host_room(max_memory), notes)

@@ -35,7 +35,7 @@ _SAMPLING = (
 # Words such as `stop` only at the beginning of an error: what comes from a file has the file's name there.
 _PARAMETER = re.compile(
     rf"^({'|'.join(f.name for f in fields(SamplingParams))})\b"
-    r"|\b(max_context|max_new_tokens|max_batch|cache_tokens|prefixes)\b"
+    r"|\b(max_context|max_memory|max_new_tokens|max_batch|cache_tokens|prefixes)\b"
 )
 _OPTIONS = {"prefixes": "prefix-cache"}  # where the name is not the parameter's
 

@@ -59,6 +59,10 @@ def unicode_text(text: str, what: str) -> str:
         raise UserError(f"{what} is not UTF-8 text") from None
 
 
+# A smaller number without a unit is a forgotten one.
+LEAST_BARE = 1_000_000
+
+
 class Size(click.ParamType):
     """Bytes as people write them: 5GB, 500 MB, 2GiB, 1000000."""
 
@@ -78,4 +82,6 @@ class Size(click.ParamType):
         size = int(float(match[1]) * base ** _PREFIX[unit.removesuffix("i")])
         if size < self.least:
             self.fail("a size must be at least one byte", param, ctx)
+        if not match[2] and 0 < size < LEAST_BARE:
+            self.fail(f"{value!r} has no unit and would be bytes; did you mean {match[1]}GiB?", param, ctx)
         return size

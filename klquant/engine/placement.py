@@ -117,13 +117,18 @@ class Placement:
         return self.offloaded + (self.embedding_bytes if self.memory.embedding_on_cpu else 0)
 
 
+class Allowed(int):
+    """Bytes of a device that `max_memory` allows, where more are free."""
+
+
 def find_devices(names: str, max_memory: Mapping[str, int] | None = None) -> dict[torch.device, int]:
-    """ "cuda:0,cuda:1", "cuda" or "cpu" → bytes that each may use: what is free, at most what `max_memory` says.
+    """ "cuda:0,cuda:1", "cuda" or "cpu" → bytes that each may use: what is free, at most what `max_memory` says
+    (`Allowed`, then).
 
     Torch is held to what `max_memory` says of a CUDA device.
     Raises UserError for a device that is not there, is named twice, or is too old.
     """
-    limits = {_numbered(pick_device(name)): limit for name, limit in (max_memory or {}).items()}
+    limits = {_numbered(pick_device(name)): Allowed(limit) for name, limit in (max_memory or {}).items()}
     found: dict[torch.device, int] = {}
     for name in names.split(","):
         device = _numbered(pick_device(name.strip()))
@@ -298,7 +303,10 @@ def _does_not_fit(
     if host and (found := _fit(config, sizes, devices, needs, inf)):
         least = _expert_bytes(config, sizes, found[2])
         ways.append(f"{least / GIB:.1f} GiB of experts in the host's memory, of which they may take {host / GIB:.1f}")
-    where = ", ".join(f"{device} ({room / GIB:.1f} GiB free)" for device, room in devices.items())
+    where = ", ".join(
+        f"{device} ({room / GIB:.1f} GiB {'allowed by max_memory' if isinstance(room, Allowed) else 'free'})"
+        for device, room in devices.items()
+    )
     parts = (
         f"weights {memory.weights / GIB:.1f}, latent cache {memory.latent_cache / GIB:.1f}, KDA state "
         f"{memory.kda_state / GIB:.1f}, workspace and runtime {(memory.workspace + memory.runtime) / GIB:.1f} a device"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import klquant
+from klquant.calibrate.coverage import whole_windows
 from klquant.calibrate.tokenizer import load_tokenizer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.reader import CheckpointReader
@@ -30,7 +31,7 @@ from klquant.pipeline.behind import Behind
 from klquant.pipeline.finish import finish
 from klquant.pipeline.journal import Journal, Purpose
 from klquant.pipeline.landing import Landing
-from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices
+from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices, place
 from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
 from klquant.pipeline.streams import DTYPES, StreamStore, stream_names
 from klquant.pipeline.text import draw_text, keep_text
@@ -90,10 +91,13 @@ def quantize(
                 return journal.finish()
         text = None
         if plan.needs_calibration:
+            params = plan.recipe.calibration
+            windows, streams = whole_windows(params)[0], len(stream_names(plan))
+            # Asked again when the streams are made. What cannot fit is refused before there is a file.
+            place(reader.config, settings, windows, params.window, streams, options.limits)
             if note := building_note(settings.device, settings.dtype):
                 watcher.note(note)
-            spec = options.calib or plan.recipe.calibration.mix
-            text = draw_text(spec, reader, plan.recipe.calibration, settings, watcher, journal)
+            text = draw_text(options.calib or params.mix, reader, params, settings, watcher, journal)
         elif lack := missing_tokenizer(reader.folder):
             watcher.note(f"{lack}: without it the result can neither be evaluated nor answer")
         if not before:

@@ -68,6 +68,7 @@ def test_a_known_shape_needs_no_checkpoint():
     )
     assert done.exit_code == 2
     assert "GiB are missing" in done.stderr and "what would fit" in done.stderr
+    assert "cpu (0.0 GiB allowed by --max-memory)" in done.stderr
 
 
 @pytest.mark.parametrize(("args", "says"), [

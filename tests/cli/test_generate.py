@@ -69,7 +69,8 @@ def test_a_chat_template_is_used_unless_raw(tmp_path):
         ([DEMO, "x", "--devices", "cpu:3"], "unknown device 'cpu:3'"),
         ([DEMO, "x", "--max-memory", "cpu=1GB,cpu=2GB"], "names a device twice"),
         ([DEMO, "x", "--max-memory", "cuda:0=0"], "a size must be at least one byte"),
-        ([DEMO, "x", "--devices", "cpu", "--max-memory", "cpu=0"], "does not fit cpu (0.0 GiB free)"),
+        ([DEMO, "x", "--devices", "cpu", "--max-memory", "cpu=0"], "cpu (0.0 GiB allowed by --max-memory)"),
+        ([DEMO, "x", "--max-memory", "cpu=20"], "'20' has no unit and would be bytes; did you mean 20GiB"),
         ([DEMO, "x", "--top-p", 2], "error: --top-p is 2.0, expected above 0 and at most 1"),
     ],
 )

@@ -180,7 +180,15 @@ def test_errors_places_and_lists():
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5GB", 5_000_000_000), ("500 mb", 500_000_000), ("2GiB", 2 << 30), ("1.5k", 1500), ("7", 7), ("3 KiB", 3072)],
+    [
+        ("5GB", 5_000_000_000),
+        ("500 mb", 500_000_000),
+        ("2GiB", 2 << 30),
+        ("1.5k", 1500),
+        ("7 B", 7),
+        ("1000000", 10**6),
+        ("3 KiB", 3072),
+    ],
 )
 def test_sizes(text, size):
     assert Size().convert(text, None, None) == size

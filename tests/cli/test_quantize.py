@@ -292,6 +292,11 @@ BAD = {
     "window and tokens": (None, ["--calib-tokens", "32"], "window of 64 tokens is longer than the 32 tokens"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), [], "tokenizer"),
     "token ids": (far_token, [], r"tokenizer\.json: token ids up to 700 lie beyond the model's vocabulary of 320"),
+    "a GPU's memory on a CPU": (
+        None, ["--max-gpu-memory", "20GiB"], "--max-gpu-memory: this run computes on the CPU; leave it out, or name"
+    ),
+    "too little memory": (None, ["--max-cpu-memory", "1kB"], "a layer takes about .* raise --max-cpu-memory"),
+    "a size without a unit": (None, ["--max-cpu-memory", "24"], "'24' has no unit .* did you mean 24GiB"),
     "no CUDA": (None, ["--device", "cuda:7"], r"device cuda:7: \d CUDA device\(s\) found here; use cpu"),
     "a device twice": (None, ["--device", "cpu,cpu"], "devices cpu,cpu: one comes twice"),
     "expert groups": (edit_config(topk_group=5), [], r"config\.json: topk_group 5 exceeds num_expert_group 1"),

@@ -226,6 +226,12 @@ def test_what_would_fit_does(big):
         plan_placement(config, sizes, two, context=shorter + 1024)
 
 
+def test_a_limit_is_not_called_free(big):
+    config, sizes = big
+    with pytest.raises(UserError, match=r"does not fit cuda:0 \(1\.0 GiB free\), cuda:1 \(2\.0 GiB allowed by max_mem"):
+        plan_placement(config, sizes, {CARDS[0]: GIB, CARDS[1]: module.Allowed(2 * GIB)}, context=8192)
+
+
 def test_the_reported_shortage_is_what_was_missing(big):
     config, sizes = big
     room = 20 * GIB
