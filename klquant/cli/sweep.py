@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -74,7 +74,7 @@ def command(
 
     where = str(pick_device(device))
     sweep = Sweep(
-        out, RunOptions(calib=",".join(calib) or None, device=where, resume=True),
+        out, RunOptions(calib=",".join(calib) or None, device=where),
         EvalOptions(data=",".join(data), windows=windows, window=window, device=where, dtype=dtype, floor=True,
                     reference_cache=out / CACHE, command=("klquant", *sys.argv[1:])),
     )  # fmt: skip
@@ -165,8 +165,9 @@ class Sweep:
             screen.print("quantized already")
             return
         works = {name: Work.of(decisions) for name, decisions in units_of(plan).items()}
+        making = replace(self.making, resume=self._unfinished(plan).exists())
         with watcher(screen, works) as shown:
-            quantize(reader, plan, folder, self.making, shown)
+            quantize(reader, plan, folder, making, shown)
 
     def _judge(self, reader: "CheckpointReader", plan: "Plan") -> "Result":
         from klquant.checkpoint.quantized import QuantizedReader

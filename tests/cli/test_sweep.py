@@ -85,6 +85,7 @@ def test_checkpoints_results_and_report_are_there_after_one_reference_pass(sweep
     out = tmp_path / "deep" / "sweep"
     done = sweep(out, recipes)
     assert done.exit_code == 0, done.stderr
+    assert "nothing to resume" not in done.stdout + done.stderr
     assert passes == {"quantize": 2, "reference": 4, "floor, bfloat16": 4, "model": 8}
     for name in ("rounded", "small"):
         assert verify(out / "models" / name) == []
