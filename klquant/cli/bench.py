@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from klquant.cli.engine import DeviceSizes, named_as_options
+from klquant.cli.engine import named_as_options, placing_options
 from klquant.recipe.schema import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
@@ -44,12 +44,7 @@ class Numbers(click.ParamType):
 @click.option("--synthetic", metavar="NAME[:layers=N]",
               help="Instead of MODEL: random weights of a known shape, kimi-linear-48b.")  # fmt: skip
 @click.option("--recipe", help=f"With --synthetic: what the weights are stored as.  [default: {DEFAULT_RECIPE}]")
-@click.option("--devices", "--device", metavar="NAMES", help="cuda:0,cuda:1 or cpu.  [default: all GPUs, or the CPU]")
-@click.option("--max-memory", type=DeviceSizes(), metavar="SIZES",
-              help="What devices may use at most: cuda:0=20GiB,cuda:1=11GiB; cpu=0 keeps experts that GPUs have no "
-              "room for out of the host's memory.  [default: what is free]")  # fmt: skip
-@click.option("--cache-bits", type=click.Choice(["16", "8"]), default="16", show_default=True,
-              help="Bits of a latent in the cache.")  # fmt: skip
+@placing_options
 @click.option("--prefill", type=Numbers(), help="Prompt lengths, such as 512,16k; 0 for none.  [default: by device]")
 @click.option("--batch", type=Numbers(), help="Sequences that decode together.  [default: by device]")
 @click.option("--context", type=Numbers(), help="Tokens each of them holds.  [default: by device]")

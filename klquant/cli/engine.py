@@ -2,13 +2,14 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import click
 
+from klquant.cli.options import in_order
 from klquant.cli.spell import Size
 from klquant.engine.request import SamplingParams
 from klquant.errors import UserError
@@ -59,31 +60,28 @@ class DeviceSizes(click.ParamType):
         return sizes
 
 
-_LOADING = (
+_PLACING = (
     click.option("--devices", "--device", metavar="NAMES",
                  help="cuda:0,cuda:1 or cpu.  [default: all GPUs, or the CPU]"),
     click.option("--max-memory", type=DeviceSizes(), metavar="SIZES",
                  help="What devices may use at most: cuda:0=20GiB,cuda:1=11GiB; cpu=0 keeps experts that GPUs have no "
                  "room for out of the host's memory.  [default: what is free]"),
-    click.option("--max-context", type=click.IntRange(1), metavar="N",
-                 help="Tokens of prompt and answer together.  [default: 8192, or the model's limit]"),
-    click.option("--cache-bits", type=click.Choice(["16", "8"]), default="16", show_default=True,
-                 help="Bits of a value in the latent cache."),
+)  # fmt: skip
+_MAX_CONTEXT = click.option(
+    "--max-context", type=click.IntRange(1), metavar="N",
+    help="Tokens of prompt and answer together.  [default: 8192, or the model's limit]",
+)  # fmt: skip
+_CACHE_BITS = click.option(
+    "--cache-bits", type=click.Choice(["16", "8"]), default="16", show_default=True,
+    help="Bits of a value in the latent cache.",
 )  # fmt: skip
 
-
-def engine_options(command: Callable) -> Callable:
-    """How to answer, and `loading_options`."""
-    for option in reversed(_SAMPLING):
-        command = option(command)
-    return loading_options(command)
-
-
-def loading_options(command: Callable) -> Callable:
-    """Where the model goes, and how much room it gets."""
-    for option in reversed(_LOADING):
-        command = option(command)
-    return command
+# Where the model goes, and how its cache is kept.
+placing_options = in_order(*_PLACING, _CACHE_BITS)
+# That, and how much room it gets.
+loading_options = in_order(*_PLACING, _MAX_CONTEXT, _CACHE_BITS)
+# That, and how to answer.
+engine_options = in_order(loading_options, *_SAMPLING)
 
 
 def open_engine(

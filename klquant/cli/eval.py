@@ -8,10 +8,10 @@ from typing import get_args
 
 import click
 
+from klquant.cli.options import evaluation_options
 from klquant.evaluate.options import BaselineMethod, DtypeName, EvalOptions, StoreKind, TaskOptions
 from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
 
-_DEFAULT = EvalOptions()
 _TASKS = TaskOptions(())
 
 
@@ -22,16 +22,7 @@ _TASKS = TaskOptions(())
               help="Evaluate MODEL rounded by another method, against itself, for comparison.")  # fmt: skip
 @click.option("--recipe", metavar="NAME|FILE",
               help=f"With --as: the recipe whose tensors are rounded.  [default: {DEFAULT_RECIPE}]")  # fmt: skip
-@click.option("--data", multiple=True, default=(_DEFAULT.data,), show_default=True,
-              help="Text files, folders of them, or a mix; each file is a domain. Can be repeated.")  # fmt: skip
-@click.option("--windows", type=click.IntRange(1), default=_DEFAULT.windows, show_default=True,
-              help="Windows a domain.")  # fmt: skip
-@click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, show_default=True,
-              help="Tokens a window.")  # fmt: skip
-@click.option("--device", "--devices", metavar="cpu|cuda|cuda:N",
-              help="Where to compute.  [default: cuda, or cpu without a GPU]")  # fmt: skip
-@click.option("--dtype", type=click.Choice(get_args(DtypeName)),
-              help="Arithmetic.  [default: bfloat16 on a GPU, float32 on a CPU]")  # fmt: skip
+@evaluation_options
 @click.option("--floor", is_flag=True, help="Also measure what BF16 against FP32 arithmetic alone does.")
 @click.option("--store", type=click.Choice(get_args(StoreKind)),
               help="How the reference is kept: whole, or top tokens and samples.  [default: by size]")  # fmt: skip

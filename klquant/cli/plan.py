@@ -8,20 +8,19 @@ import click
 import klquant
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.calibration import require_text
+from klquant.cli.options import recipe_option, target_option
 from klquant.recipe.memory import Memory, contexts, offloaded, predict_memory
 from klquant.recipe.plan import Plan, make_plan
 from klquant.recipe.rows import Row, plan_rows
-from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
-from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
+from klquant.recipe.schema import load_recipe
 
 JSON_SCHEMA = 1
 
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help="A built-in recipe's name or a .yaml file.")
-@click.option("--target", type=click.Choice(list(TARGETS)), default=DEFAULT_TARGET, show_default=True,
-              help="The engine that will load the result.")  # fmt: skip
+@recipe_option
+@target_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def command(model: str, recipe: str, target: str, as_json: bool) -> None:
     """Show what a recipe does to each tensor of MODEL, what it costs and what it needs to run.

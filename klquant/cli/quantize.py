@@ -7,16 +7,16 @@ import click
 from klquant.checkpoint.index import PROVENANCE
 from klquant.cli.calibration import require_text, with_calibration
 from klquant.cli.main import Failure
+from klquant.cli.options import calib_tokens_option, recipe_option, target_option
 from klquant.cli.spell import Size
 from klquant.errors import UserError
-from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
-from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
+from klquant.recipe.schema import load_recipe
 
 
 @click.command("quantize")
 @click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty.")
-@click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help="A built-in recipe's name or a .yaml file.")
+@recipe_option
 @click.option(
     "--calib",
     multiple=True,
@@ -24,13 +24,7 @@ from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
     help="Calibration text: a mix (default, tiny), self (sampled from the model itself), a .txt, .jsonl or "
     ".parquet file, or a folder of them; several if given several times.  [default: the recipe's]",
 )
-@click.option(
-    "--target",
-    type=click.Choice(list(TARGETS)),
-    default=DEFAULT_TARGET,
-    show_default=True,
-    help="The engine that will load the result.",
-)
+@target_option
 @click.option(
     "--device",
     "--devices",
@@ -39,12 +33,7 @@ from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
 )
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
 @click.option("--max-shard-size", type=Size(), help="Largest output file.  [default: 5GB]")
-@click.option(
-    "--calib-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Calibrate on N tokens, rounded up to whole windows.  [default: the recipe's, more where experts get few]",
-)
+@calib_tokens_option
 @click.option(
     "--window", type=click.IntRange(min=2), metavar="N", help="Tokens in a calibration window.  [default: the recipe's]"
 )

@@ -9,10 +9,9 @@ from typing import get_args
 
 import click
 
+from klquant.cli.options import evaluation_options
 from klquant.evaluate.options import By, DtypeName, EvalOptions
 from klquant.recipe.schema import DEFAULT_RECIPE, load_recipe
-
-_DEFAULT = EvalOptions()
 
 
 @click.command("sensitivity")
@@ -24,16 +23,7 @@ _DEFAULT = EvalOptions()
 @click.option("--by", type=click.Choice(get_args(By)), default="class", show_default=True, help="What a part is.")
 @click.option("--minutes", type=click.FloatRange(0), metavar="N",
               help="Begin no part that would not end within N minutes; one at least.  [default: all]")  # fmt: skip
-@click.option("--data", multiple=True, default=(_DEFAULT.data,), show_default=True,
-              help="Text files, folders of them, or a mix; each file is a domain. Can be repeated.")  # fmt: skip
-@click.option("--windows", type=click.IntRange(1), default=_DEFAULT.windows, show_default=True,
-              help="Windows a domain.")  # fmt: skip
-@click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, show_default=True,
-              help="Tokens a window.")  # fmt: skip
-@click.option("--device", "--devices", metavar="cpu|cuda|cuda:N",
-              help="Where to compute.  [default: cuda, or cpu without a GPU]")  # fmt: skip
-@click.option("--dtype", type=click.Choice(get_args(DtypeName)),
-              help="Arithmetic.  [default: bfloat16 on a GPU, float32 on a CPU]")  # fmt: skip
+@evaluation_options
 @click.option("--reference-cache", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Where klquant eval keeps its reference pass.  [default: beside the result]")  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The result, a JSON file.")

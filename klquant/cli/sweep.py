@@ -10,12 +10,12 @@ import click
 
 from klquant.cli.calibration import require_text, with_calibration
 from klquant.cli.main import Failure
+from klquant.cli.options import calib_tokens_option, evaluation_options, target_option
 from klquant.cli.report import require_plots, write_report
 from klquant.core.units import decimal
 from klquant.errors import UserError
 from klquant.evaluate.options import BaselineMethod, DtypeName, EvalOptions
 from klquant.recipe.schema import Recipe, load_recipe
-from klquant.recipe.targets import DEFAULT_TARGET, TARGETS
 
 if TYPE_CHECKING:
     from klquant.checkpoint.reader import CheckpointReader
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from klquant.pipeline.run import RunOptions
     from klquant.recipe.plan import Plan
 
-_EVAL = EvalOptions()
 DEFAULT_RECIPES = "int8,int4,int3"
 SETTINGS = "sweep.json"
 CACHE = "reference-cache"
@@ -39,21 +38,12 @@ BASELINE = "baseline-"  # before the names of baselines' results
 @click.option("--recipes", default=DEFAULT_RECIPES, show_default=True, help="Built-in names or .yaml files.")
 @click.option("--baselines", default="", metavar="LIST",
               help=f"Also other methods on the same tensors: {', '.join(get_args(BaselineMethod))}.")  # fmt: skip
-@click.option("--target", type=click.Choice(list(TARGETS)), default=DEFAULT_TARGET, show_default=True,
-              help="The engine that will load the results.")  # fmt: skip
+@target_option
 @click.option("--calib", multiple=True, metavar="MIX|FILE", help="Calibration text.  [default: each recipe's]")
-@click.option("--calib-tokens", type=click.IntRange(min=1), metavar="N",
-              help="Calibrate on N tokens, rounded up to whole windows.  [default: each recipe's]")  # fmt: skip
+@calib_tokens_option
 @click.option("--calib-window", type=click.IntRange(min=2), metavar="N",
               help="Tokens in a calibration window.  [default: each recipe's]")  # fmt: skip
-@click.option("--data", multiple=True, default=(_EVAL.data,), show_default=True,
-              help="Evaluation text: files, folders of them, or a mix; each file is a domain.")  # fmt: skip
-@click.option("--windows", type=click.IntRange(1), default=_EVAL.windows, show_default=True, help="Windows a domain.")
-@click.option("--window", type=click.IntRange(2), default=_EVAL.window, show_default=True,
-              help="Tokens an evaluated window.")  # fmt: skip
-@click.option("--device", "--devices", metavar="cpu|cuda|cuda:N",
-              help="Where to compute.  [default: cuda, or cpu without a GPU]")  # fmt: skip
-@click.option("--dtype", type=click.Choice(get_args(DtypeName)), help="Evaluation's arithmetic.  [default: by device]")
+@evaluation_options
 def command(
     model: str, out: Path, recipes: str, baselines: str, target: str, calib: tuple[str, ...],
     calib_tokens: int | None, calib_window: int | None, data: tuple[str, ...], windows: int, window: int,

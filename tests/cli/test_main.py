@@ -168,3 +168,16 @@ def test_what_works_layer_by_layer_lets_segments_grow(command, own, want):
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run([sys.executable, "-c", code], env=clean | own, check=True, capture_output=True, text=True)
     assert done.stdout.rpartition("\n\n")[2].strip() == want
+
+
+@pytest.mark.parametrize(("commands", "options"), [
+    (("eval", "sensitivity", "sweep"), ("data", "windows", "window", "device", "dtype")),
+    (("plan", "quantize", "sweep"), ("target",)),
+    (("plan", "quantize"), ("recipe",)),
+    (("quantize", "sweep"), ("calib_tokens",)),
+    (("generate", "serve", "bench"), ("devices", "max_memory", "cache_bits")),
+])  # fmt: skip
+def test_an_option_that_commands_share_says_the_same_in_each(commands, options):
+    params = [{p.name: p.to_info_dict() for p in cli.main.get_command(None, name).params} for name in commands]
+    for option in options:
+        assert all(own[option] == params[0][option] for own in params), option
