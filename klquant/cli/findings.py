@@ -1,5 +1,6 @@
 """What `klquant inspect` finds in a checkpoint: how each tensor is stored and, where klquant made it, what it cost."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,12 +129,9 @@ def find(folder: Path, layer: int | None = None, cls: TensorClass | None = None)
         names = [name] if spec is None else list(packed_layout(key.module, shape, spec))
         present = [infos[n] for n in names if n in infos]
         missing += len(names) - len(present)
-        weights = 1
-        for size in shape:
-            weights *= size
         stored = str(spec) if spec else present[0].dtype if present else "missing"
         nbytes = sum(info.nbytes for info in present)
-        tensors.append(Found(key, weights, stored, spec is not None, nbytes, records.get(key.module)))
+        tensors.append(Found(key, math.prod(shape), stored, spec is not None, nbytes, records.get(key.module)))
     if not tensors:
         raise UserError(f"{folder}: layer {layer} has no tensor of {cls}")
     return Findings(folder, config, len({i.shard for i in infos.values()}), tensors, missing, provenance)
