@@ -2,12 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console, print_table, tokens
+from klquant.cli.render import console, new_table, section, tokens
 from klquant.core.units import decimal
 from klquant.recipe.memory import GIB
 
@@ -57,22 +56,16 @@ def print_bench(result: "Bench") -> None:
     for text in result.notes:
         out.print(Text(f"note: {text}", style="yellow"))
     if result.prefill:
-        _section(out, "Prefill", _prefill_table(result))
+        section(out, "Prefill", _prefill_table(result))
     if result.decode:
-        _section(out, "Decode", _decode_table(result))
-    _section(out, "Memory, GiB", _memory_table(result))
+        section(out, "Decode", _decode_table(result))
+    section(out, "Memory, GiB", _memory_table(result))
     if (launches := result.ceilings.launches) is not None:
         out.print()
         out.print(Text(
             "RTX 4090: a prediction from what was measured here, not a measurement. Bytes at 1,008 GB/s and the share "
             f"of the bandwidth reached here, and {launches} launches of {result.ceilings.launch_s * 1e6:.1f} µs.",
             style="dim"))  # fmt: skip
-
-
-def _section(out: Console, title: str, rows: Table) -> None:
-    out.print()
-    out.print(Text(title, style="bold"))
-    print_table(out, rows)
 
 
 def _prefill_table(result: "Bench") -> Table:
@@ -118,7 +111,7 @@ def _amounts(predicted: int, actual: int | None) -> tuple[str, str]:
 
 
 def _columns(*names: str) -> Table:
-    rows = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
+    rows = new_table()
     for i, name in enumerate(names):
         rows.add_column(name, justify="left" if i == 0 or name == "part" else "right", no_wrap=True)
     return rows

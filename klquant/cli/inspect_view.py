@@ -2,7 +2,6 @@
 
 from statistics import median
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -10,7 +9,7 @@ from rich.text import Text
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.findings import QUANTILES, Findings, group, mean_error, quantiles, worst
 from klquant.cli.inspect import WORST, fallbacks
-from klquant.cli.render import count, print_table
+from klquant.cli.render import count, new_table, section
 from klquant.cli.spell import percent, place, some
 from klquant.core.units import decimal
 
@@ -22,16 +21,16 @@ FEWEST = 8
 def print_findings(out: Console, found: Findings, one_layer: bool, one_class: bool) -> None:
     """In the order a reader asks: what is it, how small, where is the error, what did the experts see."""
     _print_head(out, found)
-    _section(out, "Stored", _stored(found, by_role=one_layer or one_class))
+    section(out, "Stored", _stored(found, by_role=one_layer or one_class))
     if found.missing:
         out.print(Text(f"{found.missing:,} tensors are missing: klquant verify names them", style="bold red"))
     if found.measured:
         kind = "output" if any(t.record.measured == "outputs" for t in found.measured) else "own"
         title = f"Error: share of a weight's {kind} energy that was lost, in %"
-        _section(out, title, _roles(found) if one_layer else _heat(found, by_role=one_class))
-        _section(out, "Worst tensors", _worst(found))
+        section(out, title, _roles(found) if one_layer else _heat(found, by_role=one_class))
+        section(out, "Worst tensors", _worst(found))
     if found.experts:
-        _section(out, "Calibration tokens that experts saw", _experts(found))
+        section(out, "Calibration tokens that experts saw", _experts(found))
         for layer, counts in found.experts.items() if one_layer else ():
             fewest = sorted(range(len(counts)), key=lambda e: counts[e])
             text = some([f"{e} ({counts[e]:,})" for e in fewest], FEWEST)
@@ -60,7 +59,7 @@ def _print_head(out: Console, found: Findings) -> None:
 
 
 def _stored(found: Findings, by_role: bool) -> Table:
-    table = _table()
+    table = new_table()
     table.show_footer = True
     nbytes, weights = sum(t.nbytes for t in found.tensors), sum(t.weights for t in found.tensors)
     table.add_column("class", "all", no_wrap=True)
@@ -92,7 +91,7 @@ def _heat(found: Findings, by_role: bool) -> Table:
         columns.sort(key=list(TensorClass).index)
     cells = {at: mean_error(tensors) for at, tensors in group(found.measured, "layer", part).items()}
     middle = {c: median(e for (_, column), e in cells.items() if column == c) for c in columns}
-    table = _table()
+    table = new_table()
     table.add_column("layer", justify="right", no_wrap=True)
     table.add_column("")
     for column in columns:
@@ -120,7 +119,7 @@ def _cell(error: float | None, middle: float) -> Text:
 
 def _roles(found: Findings) -> Table:
     """One layer, role by role."""
-    table = _table()
+    table = new_table()
     for name in ("class", "role"):
         table.add_column(name, no_wrap=True)
     for name in ("tensors", "mean", "worst"):
@@ -134,7 +133,7 @@ def _roles(found: Findings) -> Table:
 
 
 def _worst(found: Findings) -> Table:
-    table = _table()
+    table = new_table()
     table.add_column("error", justify="right", no_wrap=True)
     for name in ("layer", "tensor"):
         table.add_column(name, no_wrap=True)
@@ -149,7 +148,7 @@ def _worst(found: Findings) -> Table:
 
 
 def _experts(found: Findings) -> Table:
-    table = _table()
+    table = new_table()
     table.add_column("layer", justify="right", no_wrap=True)
     labels = {"p1": "1 %", "p10": "10 %", "p90": "90 %"}
     for name in ("none", *QUANTILES):
@@ -178,13 +177,3 @@ def _print_fallbacks(out: Console, found: Findings) -> None:
 
 def _number(error: float) -> str:
     return percent(error).removesuffix(" %")
-
-
-def _section(out: Console, title: str, table: Table) -> None:
-    out.print()
-    out.print(Text(title, style="bold"))
-    print_table(out, table)
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim", footer_style="bold")

@@ -61,13 +61,13 @@ def print_plan(out: Console, plan: Plan, memory: list[Memory], model: str) -> No
         f"({config.top_k} a token)", style="dim"))  # fmt: skip
     out.print(Text.assemble("recipe ", (plan.recipe.name, "bold"), (f"  {plan.recipe.description}", "dim")))
     out.print(Text.assemble("target ", (plan.target, "bold"), (f"  {TARGETS[plan.target].title}", "dim")))
-    _section(out, "Tensors", _tensor_table(plan, rows, wide))
+    section(out, "Tensors", _tensor_table(plan, rows, wide))
     if not wide:
-        _section(out, "Why", _reasons(rows))
+        section(out, "Why", _reasons(rows))
     _print_changes(out, plan)
-    _section(out, "Bits a weight", _bits_table(plan))
+    section(out, "Bits a weight", _bits_table(plan))
     for title, bits in (("all on the card, 16-bit cache", 16), ("embedding in host memory, 8-bit cache", 8)):
-        _section(out, f"Memory to run, GiB: {title}", _memory_table([m for m in memory if m.cache_bits == bits]))
+        section(out, f"Memory to run, GiB: {title}", _memory_table([m for m in memory if m.cache_bits == bits]))
     out.print()
     out.print(Text(
         "For one sequence. Workspace is an estimate (activations, CUDA context, kernels, slack); the other parts are "
@@ -80,18 +80,20 @@ def print_plan(out: Console, plan: Plan, memory: list[Memory], model: str) -> No
             "them.", style="dim"))  # fmt: skip
 
 
-def _section(out: Console, title: str, table: Table) -> None:
+def section(out: Console, title: str, table: Table) -> None:
+    """A title and its table."""
     out.print()
     out.print(Text(title, style="bold"))
     print_table(out, table)
 
 
-def _table() -> Table:
+def new_table() -> Table:
+    """Without columns, in the look of all tables that have a title."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim", footer_style="bold")
 
 
 def _tensor_table(plan: Plan, rows: list[Row], wide: bool) -> Table:
-    table, whole = _table(), plan.part()
+    table, whole = new_table(), plan.part()
     table.show_footer = True
     table.add_column("class", "whole model", no_wrap=True)
     table.add_column("count", f"{len(plan.decisions):,}", justify="right", no_wrap=True)
@@ -128,7 +130,7 @@ def _role_names(row: Row) -> str:
 
 def _reasons(rows: list[Row]) -> Table:
     """One line a reason, with every class that shares it."""
-    table = _table()
+    table = new_table()
     table.show_header = False
     table.add_column(max_width=32)
     table.add_column()
@@ -152,7 +154,7 @@ def _print_changes(out: Console, plan: Plan) -> None:
 
 
 def _bits_table(plan: Plan) -> Table:
-    table = _table()
+    table = new_table()
     table.add_column("part")
     for name in ("bits", "weights", "size"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -169,7 +171,7 @@ def _bits_table(plan: Plan) -> Table:
 
 
 def _memory_table(memory: list[Memory]) -> Table:
-    table = _table()
+    table = new_table()
     table.add_column("context", no_wrap=True)
     for name in ("weights", "latent\ncache", "KDA\nstate", "work-\nspace", "total"):
         table.add_column(name, justify="right", no_wrap=True)
