@@ -70,7 +70,8 @@ class Streams:
 class WalkSettings:
     """Where a layer is worked on. `batch` is in windows; of `expert_blocks` blocks of experts the moments are held at
     once (None: as many as fit); `others` are devices that share the experts with `device`; `host_limit`: most bytes of
-    host memory. Results depend on `dtype`, `batch` and the kind of device only."""
+    host memory. Results depend on `dtype`, `batch` and `core.device.hardware`
+    only."""
 
     device: torch.device
     dtype: torch.dtype

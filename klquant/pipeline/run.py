@@ -133,6 +133,7 @@ def _work(
     last written."""
     jobs, done = list(units_of(plan).items()), journal.done
     start = done if done == len(jobs) else journal.start(stream_names(plan) if ids_WS is not None else [])
+    journal.require_shards(start)
     watcher.begin([name for name, _ in jobs], start)
     if start < done:
         again = ", ".join(name for name, _ in jobs[start:done])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import klquant.calibrate.experts as experts
 import klquant.pipeline.run as pipeline
+from klquant.checkpoint.verify import verify
 from klquant.errors import UserError
 from klquant.pipeline.journal import Journal
 from klquant.pipeline.report import Silent
@@ -185,6 +186,43 @@ def test_a_cpu_with_other_instructions_is_refused(stopped, model, monkeypatch):
     """It adds in other orders."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "some instructions")
     refused(stopped, "was started with another kind of CPU or card", model, resume=True)
+
+
+def test_another_number_of_threads_is_refused(stopped, model, monkeypatch):
+    """They share sums among them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    refused(stopped, "another number of threads", model, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_finished_shard_that_is_not_whole_is_named(stopped, model, damage):
+    shard = min(unfinished(stopped).glob("*.safetensors"))
+    shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-1])
+    refused(stopped, rf"{shard.name}: (is missing|has .* bytes and was written with)", model, resume=True)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_another_overtook_leaves_its_folder_alone(model, tmp_path, monkeypatch, finished):
+    """Both begin; while the first draws its text the other works in the same place, and stops or ends."""
+    out, draw = tmp_path / "out", pipeline.draw_text
+
+    def slow(*args):
+        monkeypatch.setattr(pipeline, "draw_text", draw)
+        if finished:
+            run(model, out)
+        else:
+            with pytest.raises(Stopped):
+                run(model, out, watcher=Stop("layer 1"))
+        return draw(*args)
+
+    monkeypatch.setattr(pipeline, "draw_text", slow)
+    match = "exists and is not an empty folder" if finished else "an unfinished run is there"
+    with pytest.raises(UserError, match=match):
+        run(model, out, recipe(gptq="damp: 0.02"))
+    if not finished:
+        run(model, out, resume=True)
+    assert not verify(out)
+    assert not unfinished(out).exists()
 
 
 def test_every_change_is_named(stopped, model):
