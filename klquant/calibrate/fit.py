@@ -119,7 +119,7 @@ def _error(w_ENK: Tensor, grid: Quantized, h_EKK: Tensor | None) -> list[float]:
     """Relative to what there was; 0 where there was nothing, such as of a matrix of zeros."""
     loss = (lambda x: x.square().sum((-1, -2))) if h_EKK is None else (lambda x: layer_loss(x, h_EKK))
     lost, whole = loss(w_ENK - grid.decode()), loss(w_ENK)
-    return torch.where(whole > 0, lost / whole, 0.0).tolist()
+    return torch.where(whole == 0, 0.0, lost / whole).tolist()
 
 
 def _records(

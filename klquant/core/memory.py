@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import resource
 from contextlib import suppress
 
 import torch
@@ -30,6 +31,16 @@ def free_memory(device: torch.device | None = None) -> int:
         return int(rows["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def resident_memory() -> int:
+    """Bytes of the host's memory that this process takes now."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        # The most there has been, in KiB.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def total_memory(device: torch.device) -> int:
