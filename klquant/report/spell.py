@@ -8,10 +8,10 @@ from klquant.recipe.memory import GIB
 MOST_DECIMALS = 6
 
 
-def decimals(values: Iterable[float], digits: int = 2) -> int:
-    """Decimals that leave `digits` digits of the smallest positive value."""
+def decimals(values: Iterable[float]) -> int:
+    """Decimals that leave two digits of the smallest positive value."""
     positive = [v for v in values if v > 0]
-    return min(MOST_DECIMALS, max(0, digits - 1 - floor(log10(min(positive))))) if positive else digits
+    return min(MOST_DECIMALS, max(0, 1 - floor(log10(min(positive))))) if positive else 2
 
 
 def context(tokens: int) -> str:
