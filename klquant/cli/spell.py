@@ -5,6 +5,7 @@ from math import floor, log10
 
 import click
 
+from klquant.checkpoint.names import place_of
 from klquant.errors import UserError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
@@ -40,8 +41,8 @@ def percent(share: float) -> str:
 
 def place(module: str) -> tuple[str, str]:
     """A module's layer and its name in there: ("layer 3", "experts.5.w2"); ("", "lm_head") outside the layers."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn\.|block_sparse_moe\.)?(.+)", module)
-    return (f"layer {match[1]}", match[2]) if match else ("", module)
+    found = place_of(module)
+    return ("" if found.layer is None else found.unit), found.name
 
 
 def some(items: list[str], most: int = 4) -> str:
