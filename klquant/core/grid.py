@@ -71,7 +71,8 @@ class Quantized:
         scale, zero = (None if t is None else t.repeat_interleave(repeats, -1) for t in (self.scale, zero))
         return Quantized(spec, self.codes, scale, zero)
 
-    def __getitem__(self, i: int) -> "Quantized":
+    def __getitem__(self, i: int | slice) -> "Quantized":
+        """Part of the first dimension, a view."""
         return replace(self, codes=self.codes[i], scale=self.scale[i], zero=None if self.zero is None else self.zero[i])
 
 
