@@ -42,6 +42,11 @@ class LatentPages:
         return {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(self.data.dtype, "plain")
 
 
+def pages_for(tokens: int) -> int:
+    """Pages that so many tokens of one sequence take."""
+    return -(-tokens // PAGE_SIZE)
+
+
 def page_position(page_T: Tensor, position_T: Tensor) -> Tensor:
     """Where positions of sequences lie in the pool: page · PAGE_SIZE + offset, int64. page_T: the pages they are in."""
     return page_T.long() * PAGE_SIZE + position_T % PAGE_SIZE
