@@ -1,4 +1,4 @@
-"""Integer grids: choose scales, encode to codes, decode to values.
+"""Integer grids: encode to codes, decode to values, on scales that others choose.
 
 Shape suffixes: N = out features, K = in features, G = groups; leading dimensions (experts) are batch.
 Scales are rounded to the dtype they are stored in before any code is chosen, so that every error measured here is the
