@@ -116,7 +116,7 @@ def _merge(walk: LayerWalk, other: LayerWalk, experts: slice) -> None:
 
 def _quantize_blocks(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
     """Quantize blocks of experts in turn, the moments of as many at once as memory allows."""
-    todo, size = deque(blocks), walk.settings.expert_blocks or _blocks_that_fit(walk, len(blocks))
+    todo, size = deque(blocks), _blocks_that_fit(walk, len(blocks))
     while todo:
         try:
             _quantize_chunk(walk, todo, min(size, len(todo)), inputs)

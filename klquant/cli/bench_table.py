@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console, print_table, tokens
-from klquant.core.units import decimal
+from klquant.cli.render import console, print_table
+from klquant.core.units import decimal, tokens
 from klquant.recipe.memory import GIB
 
 if TYPE_CHECKING:

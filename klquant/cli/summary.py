@@ -9,10 +9,10 @@ from rich.text import Text
 
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.render import count
-from klquant.cli.spell import duration, percent, place, some
+from klquant.cli.spell import duration, place
 from klquant.core.device import pick_devices
 from klquant.core.memory import free_memory
-from klquant.core.units import decimal
+from klquant.core.units import decimal, percent, some
 from klquant.pipeline.report import Traffic
 from klquant.pipeline.run import RunOptions
 from klquant.recipe.plan import Plan

@@ -15,6 +15,9 @@ PORTABLE = 1
 # Memory on a card that torch's allocator does not count: CUDA context and kernels.
 CUDA_CONTEXT = 600 << 20
 
+# Where a tensor of any dtype may begin in a buffer of bytes.
+ALIGNMENT = 64
+
 
 def free_memory(device: torch.device | None = None) -> int:
     """Bytes that can be used now: of a CUDA device, or of the host without swapping."""
@@ -90,6 +93,11 @@ def locked_pages(nbytes: int) -> Tensor:
         )
     pages.address = tensor.data_ptr()
     return tensor
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that a tensor takes in a buffer where another one follows."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def pin(tensor: Tensor) -> bool:

@@ -113,6 +113,7 @@ def evaluate(
 
 
 def open_model(folder: Path) -> QuantizedReader:
+    """A checkpoint, quantized or not, of which nothing is missing. Raises UserError naming what is, or is damaged."""
     reader = QuantizedReader.open(folder)
     reader.check_complete()
     return reader

@@ -13,13 +13,7 @@ import klquant
 from klquant.calibrate.tokenizer import load_tokenizer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.reader import CheckpointReader
-from klquant.checkpoint.writer import (
-    Shard,
-    ShardRecord,
-    layer_units,
-    plan_shards,
-    write_safetensors,
-)
+from klquant.checkpoint.writer import Shard, ShardRecord, write_safetensors
 from klquant.core.device import hardware, pick_devices
 from klquant.core.memory import free_memory
 from klquant.core.units import decimal
@@ -34,7 +28,7 @@ from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices
 from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
 from klquant.pipeline.streams import StreamStore, stream_names
 from klquant.pipeline.text import draw_text, keep_text
-from klquant.pipeline.units import Progress, UnitResult, Units, names_read, packed_bytes, units_of
+from klquant.pipeline.units import Progress, UnitResult, Units, names_read, packed_bytes, shards_of, units_of
 from klquant.recipe.decision import Decision
 from klquant.recipe.plan import Plan
 
@@ -103,7 +97,7 @@ def quantize(
             journal.begin(purpose)
         for note in text.calibration.notes if text else ():
             watcher.note(note)
-        shards = plan_shards(layer_units(plan.stored_sizes()), options.shard_bytes)
+        shards = shards_of(plan, options.shard_bytes)
         if plan.needs_calibration:
             import_fla(settings.device, settings.dtype)
         _work(reader, plan, settings, journal, shards, text and text.calibration.ids, options.limits, watcher)

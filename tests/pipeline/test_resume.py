@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ import klquant.calibrate.experts as experts
 import klquant.pipeline.run as pipeline
 from klquant.checkpoint.verify import verify
 from klquant.errors import UserError
+from klquant.pipeline import streams
 from klquant.pipeline.journal import Journal
 from klquant.pipeline.report import Silent
+from klquant.pipeline.streams import COPY_SHARE, StreamStore  # before it is changed for this folder
 from klquant.recipe.targets import TARGETS
 from tests.pipeline.build import RULES, TEXT, Stop, Stopped, digests, recipe, run, short_model, unfinished
 
@@ -83,6 +86,16 @@ def refused(out: Path, text: str, model: Path, *args, **options) -> None:
         run(model, out, *args, **options)
     assert "\n" not in str(error.value) and not out.exists()
     assert digests(unfinished(out)) == before
+
+
+@pytest.mark.parametrize(("since", "due"), [(19.9, False), (20.1, True)])
+def test_copies_of_streams_take_a_twentieth_of_the_time(monkeypatch, since, due):
+    """The last took a second, so the next is due after twenty."""
+    monkeypatch.setattr(streams, "COPY_SHARE", COPY_SHARE)
+    monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: 100 + since))
+    store = StreamStore.__new__(StreamStore)
+    store._saved, store._took = 100, 1.0
+    assert store.due == due
 
 
 @pytest.mark.parametrize(("lost", "again"), [(False, "layer 1"), (True, "layer 0, layer 1")])
