@@ -4,7 +4,7 @@
 
 Times are of CUDA graph replays, divided by the calls in the graph; those walk over enough copies of weights, states and
 pages that none is found in the L2 cache. GB/s counts the least an operation must move. `--sweep` times KDA, MLA
-and the router with other tiles and numbers of parts beside the ones their tables give.
+and the router with other tiles and numbers of parts beside the ones that klquant takes.
 """
 
 import argparse
@@ -22,14 +22,12 @@ from benchmarks.timing import copies_for, copy_rate, time_us
 from klquant.core.grid import decode
 from klquant.kernels.kda import reference as kda_reference
 from klquant.kernels.kda.dispatch import KDADecode, kda_decode
-from klquant.kernels.kda.tiles import TILES as KDA_TILES
 from klquant.kernels.kda.tiles import Tile as KDATile
 from klquant.kernels.linear.dispatch import QuantLinear
 from klquant.kernels.mla import reference as mla_reference
 from klquant.kernels.mla.dispatch import mla_decode, write_latent
 from klquant.kernels.mla.pages import CODE_MAX, PAGE_SIZE, LatentPages, read_latent
 from klquant.kernels.mla.tiles import Tile, decode_tile
-from klquant.kernels.mla.tiles import tiles as mla_tiles
 from klquant.kernels.moe import reference as moe_reference
 from klquant.kernels.moe.dispatch import added_up
 from klquant.kernels.moe.tiles import RouterTile
@@ -45,6 +43,8 @@ EXPERTS, TOP, SCALING = 256, 8, 2.446
 VOCAB = 163_840
 BATCHES, CONTEXTS = (1, 8, 32), (128, 16 << 10, 128 << 10)
 STORED = {"BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn, "INT8": torch.int8}
+# About 32 values of a state a thread, so that nothing spills.
+KDA_SWEEP = tuple(KDATile(*sizes) for sizes in ((4, 4), (4, 8), (2, 8), (4, 4, True), (2, 8, True)))
 # Experts, tokens, columns and warps of a program.
 ROUTER_SWEEP = ((2, 4, 512, 4), (4, 4, 512, 4), (4, 4, 512, 8), (8, 2, 512, 4), (2, 8, 512, 4), (4, 8, 512, 8))
 # The same without tokens, of a program that makes the norm as well.
@@ -128,7 +128,7 @@ def kda_case(batch: int, tile: KDATile | None = None) -> Case:
 
 def kda_tiles() -> list[KDATile]:
     """Those this card can run."""
-    return [tile for tile in KDA_TILES if not tile.early or torch.cuda.get_device_capability() >= (9, 0)]
+    return [tile for tile in KDA_SWEEP if not tile.early or torch.cuda.get_device_capability() >= (9, 0)]
 
 
 def random_pages(count: int, dtype: torch.dtype) -> LatentPages:
@@ -358,7 +358,10 @@ def tiles(batch: int) -> list[Tile]:
     card = torch.cuda.get_device_properties(0)
     hopper = card.major == 9
     splits = decode_tile(batch, 1 << 20, card.multi_processor_count, staged=hopper).splits
-    found = mla_tiles(splits, hopper)
+    if hopper:
+        found = [Tile(64, 8, splits, early, staged=True) for early in (False, True)]
+    else:
+        found = [Tile(16, 4, splits), Tile(32, 8, splits)]
     return found + [replace(found[-1], splits=count) for count in {max(1, splits // 2), 2 * splits} - {splits}]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.dtypes import DTYPES
 from klquant.checkpoint.header import TensorInfo
 from klquant.checkpoint.index import CONFIG
-from klquant.checkpoint.names import expected_tensors, parse_name
+from klquant.checkpoint.names import expected_tensors, parse_name, place_of
 from klquant.checkpoint.reader import CheckpointReader
-from klquant.checkpoint.writer import layer_units, plan_shards, write_index, write_json, write_safetensors
+from klquant.checkpoint.writer import plan_shards, write_index, write_json, write_safetensors
 from klquant.pipeline.text import Text
 
 KIMI_48B = Path(klquant.__file__).parent / "engine" / "configs" / "kimi-linear-48b.json"
@@ -94,16 +95,13 @@ def bytes_of(tensors: dict[str, TensorInfo]) -> tuple[int, int]:
 
 def _write_kinds(folder: Path, raw: dict, device: torch.device) -> None:
     config = KimiLinearConfig.from_dict(raw, "synthetic")
-    kept = {str(layer) for layer in KINDS.values()}
-    shapes = {
-        name: shape
-        for name, shape in expected_tensors(config).items()
-        if not name.startswith("model.layers.") or name.split(".")[2] in kept
-    }
+    kept = {None, *KINDS.values()}
+    shapes = {name: shape for name, shape in expected_tensors(config).items() if place_of(name).layer in kept}
     sizes = {name: torch.Size(shape).numel() * _dtype(name).itemsize for name, shape in shapes.items()}
     folder.mkdir(parents=True, exist_ok=True)
     gen = torch.Generator(device).manual_seed(0)
-    shards = plan_shards(layer_units(sizes), SHARD_BYTES)
+    units = groupby(sizes.items(), lambda item: place_of(item[0]).unit)
+    shards = plan_shards([list(unit) for _, unit in units], SHARD_BYTES)
     for shard in shards:
         tensors = {name: noise(name, shapes[name], config, device, gen) for name in shard.names}
         write_safetensors(folder / shard.file, tensors, {"format": "pt"})

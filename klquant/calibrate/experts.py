@@ -26,7 +26,7 @@ from klquant.calibrate.paths import get, put
 from klquant.calibrate.rescale import rescale
 from klquant.calibrate.routes import Routes, add_moments, hidden
 from klquant.calibrate.sharing import current, over_batches
-from klquant.core.memory import free_memory
+from klquant.core.memory import free_memory, resident_memory
 from klquant.model.moe import route
 from klquant.quantize.hessian import Moments
 
@@ -116,7 +116,7 @@ def _merge(walk: LayerWalk, other: LayerWalk, experts: slice) -> None:
 
 def _quantize_blocks(walk: LayerWalk, blocks: list[slice], inputs: Inputs) -> None:
     """Quantize blocks of experts in turn, the moments of as many at once as memory allows."""
-    todo, size = deque(blocks), walk.settings.expert_blocks or _blocks_that_fit(walk, len(blocks))
+    todo, size = deque(blocks), _blocks_that_fit(walk, len(blocks))
     while todo:
         try:
             _quantize_chunk(walk, todo, min(size, len(todo)), inputs)
@@ -141,7 +141,7 @@ def _blocks_that_fit(walk: LayerWalk, blocks: int) -> int:
     )  # fmt: skip
     free = free_memory(walk.settings.device)
     if walk.settings.device.type == "cpu" and walk.settings.host_limit is not None:
-        free = min(free, walk.settings.host_limit - need.weights)
+        free = min(free, walk.settings.host_limit - resident_memory())
     free = int(USED * free) - need.codes - need.working
     fit = max(1, free // need.block)
     chunks = -(-blocks // fit)

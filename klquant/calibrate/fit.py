@@ -116,10 +116,10 @@ def _run(
 
 
 def _error(w_ENK: Tensor, grid: Quantized, h_EKK: Tensor | None) -> list[float]:
-    d = w_ENK - grid.decode()
-    if h_EKK is None:
-        return (d.square().sum((-1, -2)) / w_ENK.square().sum((-1, -2)).clamp_min(1e-30)).tolist()
-    return (layer_loss(d, h_EKK) / layer_loss(w_ENK, h_EKK).clamp_min(1e-30)).tolist()
+    """Relative to what there was; 0 where there was nothing, such as of a matrix of zeros."""
+    loss = (lambda x: x.square().sum((-1, -2))) if h_EKK is None else (lambda x: layer_loss(x, h_EKK))
+    lost, whole = loss(w_ENK - grid.decode()), loss(w_ENK)
+    return torch.where(whole == 0, 0.0, lost / whole).tolist()
 
 
 def _records(

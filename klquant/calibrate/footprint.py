@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.checkpoint.names import expected_tensors
+from klquant.checkpoint.names import expected_tensors, place_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def widest_layer(config: KimiLinearConfig) -> int:
     """Weights of the largest layer."""
     sizes = [0] * config.num_layers
     for name, shape in expected_tensors(config).items():
-        if name.startswith("model.layers."):
-            sizes[int(name.split(".")[2])] += prod(shape)
+        layer = place_of(name).layer
+        if layer is not None:
+            sizes[layer] += prod(shape)
     return max(sizes)

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from klquant.errors import UserError
+from klquant.recipe.yamlfile import packaged
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 Role = Literal["system", "user", "assistant"]
@@ -65,13 +66,13 @@ class Mix(BaseModel):
 
 def known_mixes() -> list[str]:
     """Names of the mixes that come with the package as data."""
-    return sorted(f.name.removesuffix(".yaml") for f in files("klquant.mixes").iterdir() if f.name.endswith(".yaml"))
+    return packaged("klquant.mixes")
 
 
 def load_mix(name_or_path: str) -> Mix:
     """A packaged mix by name, or the user's .yaml. Raises UserError naming the file and the key that is wrong."""
-    packaged = name_or_path in known_mixes()
-    path = files("klquant.mixes") / f"{name_or_path}.yaml" if packaged else Path(name_or_path)
+    ours = name_or_path in known_mixes()
+    path = files("klquant.mixes") / f"{name_or_path}.yaml" if ours else Path(name_or_path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

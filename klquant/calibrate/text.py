@@ -18,8 +18,6 @@ from klquant.calibrate.windows import Consumed, as_tensor, iter_windows
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.errors import UserError
 
-DEFAULT_MIX = "default"
-
 Generate = Callable[[int, int, int], torch.Tensor]
 """`generate(n_sequences, length, seed)` → int64 [n_sequences, length] sampled from the model; `start_tokens` first."""
 
@@ -125,7 +123,7 @@ class CalibrationPool:
 
 
 def open_pool(
-    spec: str | None,
+    spec: str,
     tokenizer: Tokenizer,
     cfg: KimiLinearConfig,
     *,
@@ -133,13 +131,12 @@ def open_pool(
     seed: int = 0,
     generate: Generate | None = None,
 ) -> CalibrationPool:
-    """A pool of `window`-token windows of what `spec` names (`resolve_sources`; None is DEFAULT_MIX).
+    """A pool of `window`-token windows of what `spec` names (`resolve_sources`).
 
     "self" samples from the model through `generate`. Raises UserError for a spec that names nothing, and for a
     tokenizer with ids beyond the model's vocabulary.
     """
     tokenizer.require_fits(cfg)
-    spec = DEFAULT_MIX if spec is None else spec
     if spec == SELF:
         if generate is None:
             raise UserError("calibration on the model's own text ('self') needs the model; give text to calibrate on")

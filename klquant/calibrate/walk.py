@@ -68,14 +68,12 @@ class Streams:
 
 @dataclass(frozen=True)
 class WalkSettings:
-    """Where a layer is worked on. `batch` is in windows; of `expert_blocks` blocks of experts the moments are held at
-    once (None: as many as fit); `others` are devices that share the experts with `device`; `host_limit`: most bytes of
-    host memory. Results depend on `dtype`, `batch` and the kind of device only."""
+    """Where a layer is worked on. `batch` is in windows; `others` are devices that share the experts with `device`;
+    `host_limit`: most bytes of host memory. Results depend on `dtype`, `batch` and `core.device.hardware` only."""
 
     device: torch.device
     dtype: torch.dtype
     batch: int
-    expert_blocks: int | None = None
     others: tuple[torch.device, ...] = ()
     host_limit: int | None = None
 
@@ -108,6 +106,11 @@ class LayerWalk:
         self._copies: dict[torch.device, dict[int, tuple[Tensor, Tensor]]] = {}
 
     def run(self) -> LayerResult:
+        """Quantize the layer and move both streams past it, in place. Once a walk.
+
+        On a GPU that runs out of memory fewer experts are held at once, which is a line of the result's `fallbacks`;
+        torch.OutOfMemoryError where one block of experts is too much.
+        """
         # Before all else: whatever is calibrated behind them reads what they put out.
         self.fit(tuple(f"attn.{role}" for role in UNCALIBRATED_ROLES if hasattr(self.exact.attn, role)), None)
         self._attention()
@@ -192,9 +195,9 @@ class LayerWalk:
         """What becomes of a field. Experts of a layer are alike, so the first one answers for all."""
         return self.plan[self.prefix + tensor_names(self.exact, path)[0]]
 
-    def batches(self, phase: str, *, reference: bool = True) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    def batches(self, phase: str) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """First window, quantized stream and reference stream (or None) [B, S, C] of one batch after the other."""
-        sources = [self.streams.quantized, self.streams.reference if reference else None]
+        sources = [self.streams.quantized, self.streams.reference]
         starts = range(0, len(self.streams.quantized), self.settings.batch)
         for start, (h, h_star) in feed(sources, starts, self.settings.batch, self.settings.device):
             self.progress(phase, start / len(self.streams.quantized))

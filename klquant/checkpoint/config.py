@@ -128,24 +128,29 @@ class KimiLinearConfig:
         )
         if raw.get("num_key_value_heads", config.num_heads) not in (None, config.num_heads):
             raise UserError(f"{where}: num_key_value_heads must equal num_attention_heads ({config.num_heads})")
-        if config.top_k > config.num_experts:
-            raise UserError(f"{where}: num_experts_per_token {config.top_k} exceeds num_experts {config.num_experts}")
-        if config.num_experts % config.num_groups:
-            raise UserError(f"{where}: num_expert_group {config.num_groups} does not divide num_experts")
-        if config.topk_group > config.num_groups:
-            raise UserError(f"{where}: topk_group {config.topk_group} exceeds num_expert_group {config.num_groups}")
-        size = config.num_experts // config.num_groups
-        if config.num_groups > 1 and size < 2:
-            raise UserError(f"{where}: num_expert_group {config.num_groups} leaves groups of a single expert")
-        if config.top_k > config.topk_group * size:
-            raise UserError(
-                f"{where}: topk_group {config.topk_group}, groups of {size} experts, is too few for "
-                f"num_experts_per_token {config.top_k}"
-            )
-        bad = [i for i in (config.bos_id, config.pad_id, *config.eos_ids) if not 0 <= i < config.vocab_size]
-        if bad:
-            raise UserError(f"{where}: special token id {bad[0]!r} is outside the vocabulary of {config.vocab_size}")
+        _require_consistent(config, where)
         return config
+
+
+def _require_consistent(c: KimiLinearConfig, where: str) -> None:
+    """Raises UserError, naming `where` and the key, for figures that do not go together."""
+    if c.top_k > c.num_experts:
+        raise UserError(f"{where}: num_experts_per_token {c.top_k} exceeds num_experts {c.num_experts}")
+    if c.num_experts % c.num_groups:
+        raise UserError(f"{where}: num_expert_group {c.num_groups} does not divide num_experts")
+    if c.topk_group > c.num_groups:
+        raise UserError(f"{where}: topk_group {c.topk_group} exceeds num_expert_group {c.num_groups}")
+    size = c.num_experts // c.num_groups
+    if c.num_groups > 1 and size < 2:
+        raise UserError(f"{where}: num_expert_group {c.num_groups} leaves groups of a single expert")
+    if c.top_k > c.topk_group * size:
+        raise UserError(
+            f"{where}: topk_group {c.topk_group}, groups of {size} experts, is too few for "
+            f"num_experts_per_token {c.top_k}"
+        )
+    bad = [i for i in (c.bos_id, c.pad_id, *c.eos_ids) if not 0 <= i < c.vocab_size]
+    if bad:
+        raise UserError(f"{where}: special token id {bad[0]!r} is outside the vocabulary of {c.vocab_size}")
 
 
 class _Reader:

@@ -7,6 +7,7 @@ model. Experts' w1, w3 and w2 are gate, up and down.
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from klquant.checkpoint.config import KimiLinearConfig
 
@@ -55,6 +56,26 @@ class TensorKey:
         return self.cls not in (TensorClass.NORM, TensorClass.CONV, TensorClass.EMBEDDING) and self.role not in (
             "A_log", "dt_bias", "e_score_correction_bias",
         )  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where a tensor or module is. layer: None outside the layers. name: the one in there, without that of the block
+    (experts.5.w2, q_proj.weight); outside the layers the whole name."""
+
+    layer: int | None
+    name: str
+
+    @property
+    def unit(self) -> str:
+        """What is worked on and written in one go: embedding, layer 3, head (which has the final norm)."""
+        if self.layer is not None:
+            return f"layer {self.layer}"
+        return "embedding" if self.name.startswith("model.embed_tokens.") else "head"
+
+    @property
+    def routed(self) -> bool:
+        """Whether it belongs to a routed expert."""
+        return self.layer is not None and self.name.startswith("experts.")
 
 
 _KDA = {
@@ -107,6 +128,14 @@ def parse_name(name: str, config: KimiLinearConfig) -> TensorKey | None:
         case _:
             return None
     return TensorKey(name, cls, role, layer)
+
+
+def place_of(name: str) -> Place:
+    """Where a tensor, packed or plain, or a module of this hub name is; of any name, for no config is asked."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return Place(None, name)
+    return Place(int(match[1]), match[2].removeprefix("self_attn.").removeprefix("block_sparse_moe."))
 
 
 def expected_tensors(config: KimiLinearConfig) -> dict[str, tuple[int, ...]]:

@@ -4,10 +4,10 @@ Engines spell modules differently (`spellings`), so targets are regexes over all
 `check_quantization_config` proves them with compressed-tensors' own matching.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.names import TensorClass, TensorKey, parse_name
 from klquant.checkpoint.scheme import FORMAT, Schemes, linear_modules
 from klquant.core.spec import WHOLE_ROW, WeightSpec
 
@@ -23,11 +23,12 @@ _PARENTS = {
     "mlp": r"mlp\.",
     "self_attn": r"self_attn\.",
 }
-_MODULE = re.compile(
-    r"model\.layers\.(?P<layer>\d+)\.(?:"
-    r"(?P<experts>block_sparse_moe\.experts\.\d+)|(?P<shared>block_sparse_moe\.shared_experts)|"
-    r"(?P<router>block_sparse_moe)|(?P<mlp>mlp)|(?P<self_attn>self_attn))\.(?P<role>\w+)"
-)
+_KINDS = {
+    TensorClass.ROUTED_EXPERTS: "experts",
+    TensorClass.SHARED_EXPERTS: "shared",
+    TensorClass.ROUTER: "router",
+    TensorClass.DENSE_MLP: "mlp",
+}
 _EXPERT_ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _ROLE_PATTERNS = {
     **{hub: f"(?:{hub}|{other})" for hub, other in _EXPERT_ROLES.items()},
@@ -54,7 +55,7 @@ def quantization_config(
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     kept = list(kept_linears)
-    by_spec = _patterns(dict(assignments) | dict.fromkeys(kept))
+    by_spec = _patterns(dict(assignments) | dict.fromkeys(kept), config)
     ignore = by_spec.pop(None, [])
     ranked = sorted(by_spec.items(), key=lambda item: (not any("experts" in p for p in item[1]), str(item[0])))
     groups = {}
@@ -92,7 +93,7 @@ def check_quantization_config(
     wanted: dict[str, WeightSpec | None] = dict(assignments) | dict.fromkeys(kept_linears)
     assert set(wanted) == set(linear_modules(config)), set(wanted) ^ set(linear_modules(config))
     for module, spec in wanted.items():
-        for name in spellings(module, wanted):
+        for name in spellings(module, wanted, config):
             matched = match_targets(name, linear, groups)
             ignored = is_match(name, linear, parsed.ignore)
             assert len(matched) <= 1, (name, matched)
@@ -101,12 +102,12 @@ def check_quantization_config(
             assert schemes.spec(name) == spec, (name, spec)
 
 
-def spellings(module: str, specs: Mapping[str, WeightSpec | None]) -> Iterator[str]:
+def spellings(module: str, specs: Mapping[str, WeightSpec | None], config: KimiLinearConfig) -> Iterator[str]:
     """The names under which the hub, vLLM and transformers look up the scheme of a hub module."""
     yield module
-    if (match := _MODULE.fullmatch(module)) is None:
+    if (key := _key(module, config)) is None:
         return
-    kind, role, parent = _kind(match), match["role"], module.rpartition(".")[0]
+    kind, role, parent = _kind(key), key.role, module.rpartition(".")[0]
     if kind == "experts":
         yield f"{parent}.{_EXPERT_ROLES[role]}"
     if kind in ("shared", "router"):
@@ -118,14 +119,20 @@ def spellings(module: str, specs: Mapping[str, WeightSpec | None]) -> Iterator[s
             yield f"{parent}.{fused}"
 
 
-def _kind(match: re.Match) -> str:
-    return next(kind for kind in _PARENTS if match[kind])
+def _key(module: str, config: KimiLinearConfig) -> TensorKey | None:
+    """A linear module of a layer; None for the head."""
+    key = parse_name(f"{module}.weight", config)
+    return None if key is None or key.layer is None else key
 
 
-def _patterns(specs: Mapping[str, WeightSpec | None]) -> dict[WeightSpec | None, list[str]]:
+def _kind(key: TensorKey) -> str:
+    return _KINDS.get(key.cls, "self_attn")
+
+
+def _patterns(specs: Mapping[str, WeightSpec | None], config: KimiLinearConfig) -> dict[WeightSpec | None, list[str]]:
     """spec → the fewest patterns that match its modules, and no others, in every spelling."""
     patterns: dict[WeightSpec | None, list[str]] = {}
-    by_role = _by_role(specs)
+    by_role = _by_role(specs, config)
     merged: dict[tuple, list[str]] = {}
     for (kind, role), layers in by_role.items():
         for spec in dict.fromkeys(layers.values()):
@@ -145,17 +152,18 @@ def _patterns(specs: Mapping[str, WeightSpec | None]) -> dict[WeightSpec | None,
     return patterns
 
 
-def _by_role(specs: Mapping[str, WeightSpec | None]) -> dict[tuple[str, str], dict[int, object]]:
+def _by_role(
+    specs: Mapping[str, WeightSpec | None], config: KimiLinearConfig
+) -> dict[tuple[str, str], dict[int, object]]:
     """(kind, role) → layer → spec, or _MIXED where the role has no pattern of its own in that layer.
 
     Role "" stands for all modules of an expert, and is used in the layers where they agree.
     """
     table: dict[tuple[str, str], dict[int, object]] = {}
     for module, spec in specs.items():
-        if (match := _MODULE.fullmatch(module)) is not None:
-            kind, role, layer = _kind(match), match["role"], int(match["layer"])
-            layers = table.setdefault((kind, role), {})
-            assert layers.setdefault(layer, spec) == spec, f"{module}: the experts of a layer must share one spec"
+        if (key := _key(module, config)) is not None:
+            layers = table.setdefault((_kind(key), key.role), {})
+            assert layers.setdefault(key.layer, spec) == spec, f"{module}: the experts of a layer must share one spec"
     for kind, fusions in _FUSED.items():
         for fused, parts in fusions.items():
             _join(table, kind, fused, [part for part in parts if (kind, part) in table], drop=False)

@@ -31,6 +31,8 @@ class Schemes:
         if not isinstance(raw, dict) or raw.get("quant_method") != "compressed-tensors":
             method = raw.get("quant_method") if isinstance(raw, dict) else None
             raise UserError(f"{where}: quantization_config: quant_method {method!r} is not 'compressed-tensors'")
+        if raw.get("transform_config"):
+            raise UserError(f"{where}: quantization_config: transform_config (rotations) is not supported")
         groups, ignore = raw.get("config_groups"), raw.get("ignore") or []
         if not isinstance(groups, dict) or not groups:
             raise UserError(f"{where}: quantization_config: config_groups is missing")

@@ -82,19 +82,6 @@ def write_json(path: Path, value: object) -> None:
         file.write(data)
 
 
-def layer_units(sizes: Mapping[str, int]) -> list[list[tuple[str, int]]]:
-    """Split name → bytes, in file order, into what is written together: embedding; each layer; final norm and head."""
-    units: dict[str, list[tuple[str, int]]] = {}
-    for name, size in sizes.items():
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            unit = parts[2]
-        else:
-            unit = "embedding" if parts[:2] == ["model", "embed_tokens"] else "head"
-        units.setdefault(unit, []).append((name, size))
-    return list(units.values())
-
-
 def plan_shards(units: Sequence[Sequence[tuple[str, int]]], max_bytes: int) -> list[Shard]:
     """Files for units of (name, bytes). A shard never spans two units; a unit above `max_bytes` takes several.
 

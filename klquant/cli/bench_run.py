@@ -80,10 +80,10 @@ def run(source, devices: dict[torch.device, int], cells: Cells, cache_bits: int,
                 bench.measure_decode(runner, sizes, batch, context, cells.steps, cache_bits) if fits else None
             )
     said = tuple(filter(None, (*weights.notes, placement.note)))
-    latent, kda = ([getattr(stage.state, name) for stage in runner.stages] for name in ("latent", "kda"))
+    usage = measured_usage(placement, weights, [stage.state for stage in runner.stages])
     return Bench(
         source.name, source.recipe, tuple(map(_device_name, weights.devices)), str(dtype).removeprefix("torch."),
-        cache_bits, load_s, said, measured_usage(placement, weights, latent, kda), ceilings, prefill, decode,
+        cache_bits, load_s, said, usage, ceilings, prefill, decode,
     )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klquant.cli.render import console, new_table, section, tokens
-from klquant.core.units import decimal
+from klquant.cli.render import console, new_table, section
+from klquant.core.units import decimal, tokens
 from klquant.recipe.memory import GIB
 
 if TYPE_CHECKING:

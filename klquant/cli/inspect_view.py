@@ -10,8 +10,8 @@ from klquant.checkpoint.names import TensorClass
 from klquant.cli.findings import QUANTILES, Findings, group, mean_error, quantiles, worst
 from klquant.cli.inspect import WORST, fallbacks
 from klquant.cli.render import count, new_table, section
-from klquant.cli.spell import percent, place, some
-from klquant.core.units import decimal
+from klquant.cli.spell import place
+from klquant.core.units import decimal, percent, some
 
 # A mean error this many times its column's median stands out, and how.
 HIGH, VERY_HIGH = 1.4, 2.0

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from klquant.cli.pace import Pace, Work
-from klquant.cli.spell import about, duration, percent, place
-from klquant.core.units import decimal
+from klquant.cli.spell import about, duration, place
+from klquant.core.units import decimal, percent
 from klquant.pipeline.report import Traffic, UnitDone
 
 HEADER = f"{'unit':<10}{'time':>12}{'error':>11}{'worst':>11}{'memory':>10}  in"

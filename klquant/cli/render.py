@@ -9,7 +9,7 @@ from rich.text import Text
 
 from klquant.checkpoint.names import TensorClass
 from klquant.core.spec import WHOLE_ROW
-from klquant.core.units import decimal
+from klquant.core.units import decimal, tokens
 from klquant.recipe.memory import GIB, Memory, offloaded
 from klquant.recipe.plan import Plan
 from klquant.recipe.rows import Row, plan_rows, spell_layers
@@ -42,14 +42,6 @@ def count(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f}{unit}"
     return str(number)
-
-
-def tokens(number: int) -> str:
-    """8 k, 128 k, 1 M in powers of two."""
-    for size, unit in ((1 << 20, " M"), (1 << 10, " k")):
-        if number >= size and number % size == 0:
-            return f"{number // size}{unit}"
-    return f"{number:,}"
 
 
 def print_plan(out: Console, plan: Plan, memory: list[Memory], model: str) -> None:

@@ -141,9 +141,9 @@ def _all_at_once(model: str, max_context: int | None, max_batch: int) -> int:
     from klquant.checkpoint.hub import resolve_model
     from klquant.checkpoint.index import read_config
     from klquant.engine.limits import Limits
-    from klquant.kernels.mla.pages import PAGE_SIZE
+    from klquant.kernels.mla.pages import PAGE_SIZE, pages_for
 
     config = read_config(resolve_model(model, weights=False))[1]
     with named_as_options():
-        pages = -(-Limits(max_context).of(config).max_context // PAGE_SIZE)
-    return max_batch * pages * PAGE_SIZE
+        context = Limits(max_context).of(config).max_context
+    return max_batch * pages_for(context) * PAGE_SIZE

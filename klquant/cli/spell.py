@@ -1,10 +1,10 @@
-"""Durations, errors, names and sizes as the commands print them."""
+"""Durations, names and sizes as the commands print them, and as they are typed."""
 
 import re
-from math import floor, log10
 
 import click
 
+from klquant.checkpoint.names import place_of
 from klquant.errors import UserError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
@@ -29,25 +29,10 @@ def about(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
-def percent(share: float) -> str:
-    """Three digits, but no more than five decimals: 0.523 %, 0.00213 %, 0.00074 %."""
-    value = 100 * share
-    if value and value < 1e-5:
-        return "<0.00001 %"
-    decimals = min(5, max(0, 2 - floor(log10(value)))) if value else 0
-    return f"{value:.{decimals}f} %"
-
-
 def place(module: str) -> tuple[str, str]:
     """A module's layer and its name in there: ("layer 3", "experts.5.w2"); ("", "lm_head") outside the layers."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn\.|block_sparse_moe\.)?(.+)", module)
-    return (f"layer {match[1]}", match[2]) if match else ("", module)
-
-
-def some(items: list[str], most: int = 4) -> str:
-    """The first few of a list, and how many more there are."""
-    more = f" and {len(items) - most:,} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+    found = place_of(module)
+    return ("" if found.layer is None else found.unit), found.name
 
 
 def unicode_text(text: str, what: str) -> str:

@@ -12,10 +12,10 @@ from klquant.calibrate.coverage import whole_windows
 from klquant.calibrate.documents import BUILT_IN
 from klquant.checkpoint.names import TensorClass
 from klquant.cli.render import count
-from klquant.cli.spell import duration, percent, place, some
+from klquant.cli.spell import duration, place
 from klquant.core.device import pick_devices
 from klquant.core.memory import free_memory
-from klquant.core.units import decimal
+from klquant.core.units import decimal, percent, some
 from klquant.errors import UserError
 from klquant.evaluate.options import EvalOptions
 from klquant.evaluate.text import require_text

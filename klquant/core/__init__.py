@@ -1,1 +1,1 @@
-"""Integer grids, bit packing and result records: everything below files and models. Needs only torch."""
+"""Integer grids, bit packing, devices and memory: everything below files and models. Needs torch and pydantic."""

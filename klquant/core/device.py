@@ -31,9 +31,10 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def hardware(devices: Sequence[torch.device]) -> str:
-    """Kind of the devices, and what decides the order of sums there: a CPU's instructions, a card's model."""
+    """Kind of the devices, and what decides the order of sums there: a CPU's instructions and torch's threads, a card's
+    model."""
     if devices[0].type == "cpu":
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return "cuda " + ", ".join(sorted({torch.cuda.get_device_name(device) for device in devices}))
 
 

@@ -1,4 +1,4 @@
-"""Integer grids: choose scales, encode to codes, decode to values.
+"""Integer grids: encode to codes, decode to values, on scales that others choose.
 
 Shape suffixes: N = out features, K = in features, G = groups; leading dimensions (experts) are batch.
 Scales are rounded to the dtype they are stored in before any code is chosen, so that every error measured here is the
@@ -71,7 +71,8 @@ class Quantized:
         scale, zero = (None if t is None else t.repeat_interleave(repeats, -1) for t in (self.scale, zero))
         return Quantized(spec, self.codes, scale, zero)
 
-    def __getitem__(self, i: int) -> "Quantized":
+    def __getitem__(self, i: int | slice) -> "Quantized":
+        """Part of the first dimension, a view."""
         return replace(self, codes=self.codes[i], scale=self.scale[i], zero=None if self.zero is None else self.zero[i])
 
 

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import resource
 from contextlib import suppress
 
 import torch
@@ -13,6 +14,9 @@ from klquant.errors import UserError
 PORTABLE = 1
 # Memory on a card that torch's allocator does not count: CUDA context and kernels.
 CUDA_CONTEXT = 600 << 20
+
+# Where a tensor of any dtype may begin in a buffer of bytes.
+ALIGNMENT = 64
 
 
 def free_memory(device: torch.device | None = None) -> int:
@@ -30,6 +34,16 @@ def free_memory(device: torch.device | None = None) -> int:
         return int(rows["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def resident_memory() -> int:
+    """Bytes of the host's memory that this process takes now."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        # The most there has been, in KiB.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def total_memory(device: torch.device) -> int:
@@ -79,6 +93,11 @@ def locked_pages(nbytes: int) -> Tensor:
         )
     pages.address = tensor.data_ptr()
     return tensor
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that a tensor takes in a buffer where another one follows."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def pin(tensor: Tensor) -> bool:

@@ -34,7 +34,8 @@ def pack(codes_NK: Tensor, bits: int) -> Tensor:
 
 def unpack(words_NW: Tensor, bits: int, k: int) -> Tensor:
     """The inverse of `pack`: int32 [..., N, W] → int8 codes [..., N, K]."""
-    row_bytes = words_NW.contiguous().view(torch.uint8)
+    # As one row: where there is a single word, `contiguous` is content with any stride, and `view` is not.
+    row_bytes = words_NW.reshape(-1).contiguous().view(torch.uint8).view(*words_NW.shape[:-1], -1)
     if bits == 8:
         unsigned = row_bytes
     elif bits == 4:

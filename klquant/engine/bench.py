@@ -19,7 +19,7 @@ from klquant.engine.request import SamplingParams
 from klquant.engine.runner import Runner
 from klquant.engine.usage import Offloaded, Traffic, count_offloaded, step_traffic
 from klquant.errors import UserError
-from klquant.kernels.mla.pages import PAGE_SIZE
+from klquant.kernels.mla.pages import PAGE_SIZE, pages_for
 from klquant.recipe.memory import PREFILL_CHUNK, WeightSizes
 
 # Steps before the timed ones: the graph is captured, caches of compiled kernels are filled.
@@ -59,10 +59,6 @@ class Decode:
     @property
     def bytes_s(self) -> float:
         return self.traffic.total / self.step_s
-
-
-def pages_for(tokens: int) -> int:
-    return -(-tokens // PAGE_SIZE)
 
 
 def fill_with_noise(runner: Runner) -> None:

@@ -107,9 +107,7 @@ class Engine:
     def usage(self) -> list[Usage]:
         """Memory by device and part, predicted and held. Only of an engine that was placed (`from_pretrained`)."""
         assert self.placement is not None, "there is no prediction of it"
-        states = [stage.state for stage in self.runner.stages]
-        latent, kda = ([list(getattr(s, part).values()) for s in states] for part in ("latent", "kda"))
-        return measured_usage(self.placement, self.runner.weights, latent, kda)
+        return measured_usage(self.placement, self.runner.weights, [stage.state for stage in self.runner.stages])
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.engine.state import CACHE_BITS
 from klquant.errors import UserError
-from klquant.kernels.mla.pages import PAGE_SIZE
+from klquant.kernels.mla.pages import pages_for
 from klquant.recipe.memory import PREFILL_CHUNK
 
 DEFAULT_CONTEXT = 8192
@@ -59,4 +59,4 @@ class Limits:
 
     @property
     def pages(self) -> int:
-        return -(-self.cache_tokens // PAGE_SIZE)
+        return pages_for(self.cache_tokens)

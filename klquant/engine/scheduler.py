@@ -126,7 +126,7 @@ class Step:
 class Scheduler:
     """Holds every sequence from `add` to `finish`, `slots` at a time. `chunk`: most positions prefilled in a step.
 
-    prefixes: how many are kept, each of at least `least` tokens. Slots are numbered from 0 to slots + prefixes.
+    prefixes: how many are kept, each of at least `least` tokens. Slots are numbered from 0 to slots + prefixes − 1.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
+from klquant.kernels.mla.pages import LatentPages, pages_for
 from klquant.kernels.step.dispatch import advance
 from klquant.model.kda import KDAState
 
@@ -55,12 +55,11 @@ class DeviceState:
         """State of `layers` for activations of `dtype`. Pages are not initialized, slots are when they are bound."""
         layers = list(layers)
         cache_dtype = CACHE_BITS[cache_bits] or dtype
-        most = -(-max_context // PAGE_SIZE)
         return cls(
             kda={i: KDAState.zeros(cfg, slots, dtype, device) for i in layers if not cfg.is_mla(i)},
             latent={i: LatentPages.empty(pages, cfg.latent_dim, cache_dtype, device) for i in layers if cfg.is_mla(i)},
             length=torch.zeros(slots + 1, dtype=torch.int32, device=device),
-            table=torch.zeros(slots + 1, most, dtype=torch.int32, device=device),
+            table=torch.zeros(slots + 1, pages_for(max_context), dtype=torch.int32, device=device),
         )
 
     def bind(self, slot: int, pages: Sequence[int]) -> None:

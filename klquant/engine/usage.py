@@ -1,11 +1,13 @@
 """Memory by device and part, predicted and actual; and the bytes that a decode step moves. All figures in bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.engine.placement import CPU, PARTS, Placement
+from klquant.engine.state import DeviceState
 from klquant.engine.weights import EngineWeights, storage_bytes
 from klquant.kernels.moe.dispatch import QuantExperts
 from klquant.model.weights import PackedMoE
@@ -28,13 +30,17 @@ def predicted_usage(placement: Placement) -> list[Usage]:
     return rows + ([Usage(CPU, "weights", placement.on_host, None)] if placement.on_host else [])
 
 
-def measured_usage(placement: Placement, weights: EngineWeights, latent: object, kda: object) -> list[Usage]:
-    """The same rows with what is held now. `latent`, `kda`: whatever holds the tensors of caches and states.
+def measured_usage(placement: Placement, weights: EngineWeights, states: Sequence[DeviceState]) -> list[Usage]:
+    """The same rows with what is held now; `states`: of all devices.
 
     Workspace is the most that PyTorch had allocated beside the rest since `torch.cuda.reset_peak_memory_stats`; runtime
     is what the device has in use beyond that, other processes included.
     """
-    held = {"weights": storage_bytes(weights), "latent_cache": storage_bytes(latent), "kda_state": storage_bytes(kda)}
+    held = {
+        "weights": storage_bytes(weights),
+        "latent_cache": storage_bytes(*(state.latent for state in states)),
+        "kda_state": storage_bytes(*(state.kda for state in states)),
+    }
 
     def actual(row: Usage) -> int | None:
         if row.part in held:

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from klquant.calibrate.tokenizer import Tokenizer, load_tokenizer
+from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.quantized import QuantizedReader
 from klquant.checkpoint.writer import write_json
 from klquant.core.versions import versions
@@ -41,6 +42,8 @@ CACHE = "reference-cache"
 UNFINISHED = ".unfinished"
 # Whole distributions of the reference are kept while they take no more bytes than this.
 FULL_BYTES = 4_000_000_000
+# Of a config: what a pass over windows does not depend on, and who quantized or tuned a model may have changed.
+USE_ONLY = {"max_context", "bos_id", "eos_ids", "pad_id"}
 
 
 def evaluate(
@@ -110,6 +113,7 @@ def evaluate(
 
 
 def open_model(folder: Path) -> QuantizedReader:
+    """A checkpoint, quantized or not, of which nothing is missing. Raises UserError naming what is, or is damaged."""
     reader = QuantizedReader.open(folder)
     reader.check_complete()
     return reader
@@ -139,14 +143,18 @@ def provenance_of(options: EvalOptions, seconds: float, tokens: int) -> Provenan
 
 
 def _text(ours: QuantizedReader, reader: QuantizedReader, options: EvalOptions) -> EvalText:
-    """The windows, cut by the reference's tokenizer. Raises UserError where the model's would cut others.
+    """The windows, cut by the reference's tokenizer. Raises UserError where the model's would cut others, and where the
+    reference is no model of that shape.
 
     `reader` is the reference's."""
-    if ours.config.vocab_size != reader.config.vocab_size:
-        raise UserError(
-            f"{ours.files.folder}: vocabulary of {ours.config.vocab_size}, but {reader.files.folder} has "
-            f"{reader.config.vocab_size}; the reference must be the model that was quantized"
-        )
+    for name in (field.name for field in fields(KimiLinearConfig) if field.name not in USE_ONLY):
+        own, theirs = getattr(ours.config, name), getattr(reader.config, name)
+        if own != theirs:
+            own, theirs = (sorted(x) if isinstance(x, frozenset) else x for x in (own, theirs))
+            raise UserError(
+                f"{ours.files.folder}: {name} is {own}, but {reader.files.folder} has {theirs}; the reference must be "
+                "the model that was quantized"
+            )
     tokenizer = load_tokenizer(reader.files.folder)
     tokenizer.require_fits(reader.config)
     text = _cut(tokenizer, options)
@@ -194,7 +202,11 @@ def _affordable(text: EvalText, reader: QuantizedReader) -> StoreKind:
 
 
 def overlap_of(model: Path, text: EvalText) -> list[str]:
-    shared = calibrated_on(model) & {d.origin for d in text.domains}
+    """Notes on text that the model was calibrated on. None where its record cannot be read, which `made_of` notes."""
+    try:
+        shared = calibrated_on(model) & {d.origin for d in text.domains}
+    except UserError:
+        return []
     return [f"the model was calibrated on text it is evaluated on: {origin}" for origin in sorted(shared)]
 
 

@@ -84,7 +84,8 @@ def sensitivity(
     found = _resumed(out, found)
     cache = passes.reference(base, reference, options.reference_cache or out.parent / CACHE)
     floor, computed = passes.known_floor(base, reference, cache), 0
-    order = parts(reader.config, quantized.specs, by)
+    nbytes = {name: info.nbytes for name, info in base.reader.files.tensors.items()}
+    order = parts(reader.config, quantized.specs, by, nbytes)
     for number, part in enumerate(order, 1):
         if any(e.part.name == part.said.name for e in found.entries):
             continue

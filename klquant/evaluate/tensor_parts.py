@@ -18,7 +18,6 @@ SPLIT: dict[TensorClass, tuple[tuple[str, ...], ...]] = {
     TensorClass.ROUTED_EXPERTS: (("w1", "w3"), ("w2",)),
     TensorClass.KDA_PROJ: (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
 }
-BEFORE = 2  # bytes of a weight that is not quantized
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,11 @@ class TensorPart:
     importance: float
 
 
-def parts(config: KimiLinearConfig, specs: Mapping[str, WeightSpec | None], by: By) -> list[TensorPart]:
-    """All that `specs` (module → its grid) quantizes, then its parts, each matrix in one of them.
+def parts(
+    config: KimiLinearConfig, specs: Mapping[str, WeightSpec | None], by: By, nbytes: Mapping[str, int]
+) -> list[TensorPart]:
+    """All that `specs` (module → its grid) quantizes, then its parts, each matrix in one of them. nbytes: of the
+    matrices (by hub name) as they were.
 
     The order is by Σ 4^(−bits) · weights that a token passes through: the squared step of a grid, for as many products.
     """
@@ -51,7 +53,7 @@ def parts(config: KimiLinearConfig, specs: Mapping[str, WeightSpec | None], by: 
             SensitivePart(
                 name=_name(place), tensor_class=cls, roles=list(roles), layer=layer,
                 scheme=dict(sorted(Counter(str(grids[key.name]) for key in keys).items())),
-                weights=total, bytes_before=BEFORE * total, bytes_after=after,
+                weights=total, bytes_before=sum(nbytes[name] for name in weights), bytes_after=after,
             ),
             frozenset(weights),
             sum(4.0 ** -grids[name].bits * count for name, count in active.items()),

@@ -1,11 +1,14 @@
 """A folder with one file a window: how an evaluation is resumed, and how variants share one reference pass.
 
-Beside the windows lies `purpose.json`: what their content depends on.
+Beside the windows lies `purpose.json`: what their content depends on. Several processes may work in one folder: each
+writes under names of its own, and what takes its place under the common name is equal.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from klquant.checkpoint.writer import write_json, write_safetensors
 from klquant.errors import UserError
 
 PURPOSE = "purpose.json"
+# Seconds after which what a process has not finished to write is of one that was killed.
+ABANDONED = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -33,21 +38,25 @@ class WindowFolder:
         file = folder / PURPOSE
         try:
             if folder.exists() and (before := _read(file)) != purpose:
-                if before is None and any(folder.iterdir()):
+                if before is not None:
+                    shutil.rmtree(folder)
+                elif any(not path.name.startswith(".") for path in folder.iterdir()):
                     raise UserError(f"{folder}: holds something else than windows of klquant eval; move or delete it")
-                shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            for half in folder.glob(".*"):
+                if time.time() - half.stat().st_mtime > ABANDONED:
+                    half.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
         if not file.exists():
-            write_json(file, dict(purpose))
+            _alone(file, lambda own: write_json(own, dict(purpose)))
         return cls(folder)
 
     def __contains__(self, window: int) -> bool:
         return self._file(window).exists()
 
     def write(self, window: int, tensors: Mapping[str, Tensor]) -> None:
-        write_safetensors(self._file(window), tensors, {})
+        _alone(self._file(window), lambda own: write_safetensors(own, tensors, {}))
 
     def read(self, window: int) -> "WindowFile":
         return WindowFile(self._file(window))
@@ -92,6 +101,13 @@ class WindowFile:
 
     def _damaged(self, error: Exception) -> UserError:
         return UserError(f"{self.path}: damaged ({error}); delete it and run the same command again")
+
+
+def _alone(file: Path, write: Callable[[Path], object]) -> None:
+    """Write under a name that no other process uses, then put it in place."""
+    own = file.with_name(f".{os.getpid()}-{file.name}")
+    write(own)
+    os.replace(own, file)
 
 
 def _read(file: Path) -> object:

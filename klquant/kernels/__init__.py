@@ -1,14 +1,16 @@
 """What a decode step and a chunk of a prompt do on a GPU, each kernel beside a plain torch reference.
 
-    bricks.py     Triton: packed words → exact codes → tiles of outputs; what linear and moe are made of
+    bricks.py     Triton: packed words → exact codes → tiles of outputs; what linear and moe are made of; ptx.py has
+                  the assembly of that
+    card.py       what a card can do that tiles and launches depend on
     linear/       layout (how a weight lies in memory), tiles (which tile a shape gets), triton, reference,
                   dispatch (QuantLinear, QuantMLP: what the model holds instead of tensors)
     moe/          router, grouping (routes sorted by expert), triton, tiles, reference, dispatch (QuantExperts);
                   offload and exchange: experts that lie in the host's memory, and change places with others
     kda/          a position of Kimi Delta Attention between its projections, the states updated in place by slot; what
-                  the delta rule reads of a chunk
+                  the delta rule reads of a chunk; tiles for flash-linear-attention's kernels of that rule
     step/         where the tokens of a step go, and their embeddings
-    sample/       the noise that makes the largest logit a draw
+    sample/       the noise that makes the largest logit a draw; what top-k, top-p and min-p leave to be drawn
     mla/          pages of latents in 16 or 8 bits, writing to them, absorbed attention to them; around that of a chunk
     norm/         h + delta and its RMSNorm; KDA's gated norm; those that the model uses
 

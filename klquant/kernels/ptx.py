@@ -1,7 +1,11 @@
-"""PTX text of kernels that unpack two 16-bit halves of a register at once."""
+"""PTX text of kernels that unpack two 16-bit halves of a register at once, and whether they may have any."""
+
+import os
 
 import triton
 
+# Triton's interpreter knows no inline assembly.
+PTX = os.environ.get("TRITON_INTERPRET") != "1"
 AND_OR = "0xEA"  # lop3: (a & b) | c
 ANDN_OR = "0xAE"  # lop3: (~a & b) | c
 AND_XOR = "0x6A"  # lop3: (a & b) ^ c

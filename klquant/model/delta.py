@@ -7,11 +7,9 @@ q, k, v [B, S, H, D], g [B, S, H, D] FP32 ≤ 0, β [B, S, H] FP32, state [B, H,
 and return (o [B, S, H, D], state after the last position) in at least FP32; kda_chunk_fla's o has v's dtype.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from threading import Lock
 from typing import Literal
 
@@ -19,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from klquant.core.packages import is_installed
 from klquant.kernels.kda.borders import Borders
 from klquant.model.norm import l2_norm, widen
 
@@ -47,9 +46,9 @@ def delta_path(device: torch.device, dtype: torch.dtype, length: int) -> DeltaPa
     return "chunk_fla" if device.type == "cuda" and half and has_fla() else "chunk"
 
 
-@cache
 def has_fla() -> bool:
-    return importlib.util.find_spec("fla") is not None
+    """Whether flash-linear-attention is installed."""
+    return is_installed("fla")
 
 
 def delta_rule(

@@ -1,13 +1,13 @@
 """Before a first prompt: seconds of importing fla in a process, half a minute of building kernels on a machine."""
 
 import importlib
-import importlib.util
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 import torch
 
+from klquant.core.packages import is_installed
 from klquant.model.delta import delta_path
 
 NOTE = "the first prompt on this machine takes up to half a minute more: kernels are built for the card, once"
@@ -18,7 +18,7 @@ def building_note(device: torch.device, dtype: torch.dtype) -> str | None:
 
     None: no prompt of `dtype` takes those kernels on `device`, or Triton's cache has what an earlier run built.
     """
-    if delta_path(device, dtype, 2) != "chunk_fla" or importlib.util.find_spec("triton") is None:
+    if delta_path(device, dtype, 2) != "chunk_fla" or not is_installed("triton"):
         return None
     from triton import knobs
 

@@ -1,10 +1,9 @@
 """Where the model takes kernels instead of plain torch."""
 
-import importlib.util
-from functools import cache
-
 import torch
 from torch import Tensor
+
+from klquant.core.packages import is_installed
 
 
 def serves(x: Tensor) -> bool:
@@ -13,9 +12,4 @@ def serves(x: Tensor) -> bool:
     Their results are those of plain torch up to the rounding of 16 bits. FP32 is never theirs.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.is_cuda and half and not torch.is_grad_enabled() and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return x.is_cuda and half and not torch.is_grad_enabled() and is_installed("triton")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.kernels.mla.dispatch import keys_values
+from klquant.kernels.mla import dispatch, reference
 from klquant.model import fused
 from klquant.model.norm import LATENT_EPS, rms_norm, widen
 from klquant.model.weights import MLAWeights, linear
@@ -90,32 +90,23 @@ def _causal(cfg: KimiLinearConfig, w: MLAWeights, q_BSHK: Tensor, latent_BSL: Te
 
 
 def _continued(cfg: KimiLinearConfig, w: MLAWeights, q_BSHK: Tensor, cache: Latents, before: int) -> Tensor:
-    """Queries behind `before` latents: attention to blocks of them and to each other, joined by their softmax sums.
-
-    softmax over two sets = (e^a o_1 + e^b o_2) / (e^a + e^b), a and b the logarithms of the sets' sums of exponentials.
-    """
+    """Queries behind `before` latents: attention to blocks of them and to each other, joined by their softmax sums."""
     q = q_BSHK.transpose(1, 2)
     o, total = part_attention(q, *_expand(cfg, w, cache.read(before, before + q.shape[2])), causal=True)
     o = widen(o)
     for start in range(0, before, LATENT_BLOCK):
         past, log_sum = part_attention(q, *_expand(cfg, w, cache.read(start, min(start + LATENT_BLOCK, before))))
-        joined = torch.logaddexp(total, log_sum)
-        o = o * (total - joined).exp()[..., None] + past * (log_sum - joined).exp()[..., None]
-        total = joined
-    return o[..., : cfg.v_dim].transpose(1, 2).flatten(2).to(q_BSHK.dtype)
+        o, total = reference.join(o, total, past, log_sum, cfg.v_dim, o.dtype)
+    return o.transpose(1, 2).flatten(2).to(q_BSHK.dtype)
 
 
 def _expand(cfg: KimiLinearConfig, w: MLAWeights, latent_BSL: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [B, H, S, qk]. Kernels that never hold all scores want one size for both; v is padded to it."""
     latent_BSK, shared_BSR = latent_BSL.split([cfg.kv_rank, cfg.qk_rope_dim], -1)
     kv_BSN = linear(latent_BSK, w.kv_b_proj)
-    if fused.serves(kv_BSN):
-        both = keys_values(kv_BSN.flatten(0, 1), shared_BSR.flatten(0, 1), cfg.num_heads, cfg.qk_nope_dim)
-        return tuple(x_HTD.unflatten(1, kv_BSN.shape[:2]).transpose(0, 1) for x_HTD in both)
-    k_nope, v = kv_BSN.unflatten(-1, (cfg.num_heads, -1)).transpose(1, 2).split([cfg.qk_nope_dim, cfg.v_dim], -1)
-    shared = shared_BSR[:, None].expand(-1, cfg.num_heads, -1, -1)
-    v = F.pad(v, (0, cfg.qk_dim - cfg.v_dim)) if cfg.v_dim < cfg.qk_dim else v
-    return torch.cat([k_nope, shared], -1), v
+    keys_values = dispatch.keys_values if fused.serves(kv_BSN) else reference.keys_values
+    both = keys_values(kv_BSN.flatten(0, 1), shared_BSR.flatten(0, 1), cfg.num_heads, cfg.qk_nope_dim)
+    return tuple(x_HTD.unflatten(1, kv_BSN.shape[:2]).transpose(0, 1) for x_HTD in both)
 
 
 def part_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:

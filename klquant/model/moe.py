@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
+from klquant.kernels.moe import reference
 from klquant.model.weights import MLPOp, MLPWeights, MoEWeights, PackedMoE, linear
 
 
@@ -16,18 +17,14 @@ def route(cfg: KimiLinearConfig, w: MoEWeights | PackedMoE, x_TC: Tensor) -> tup
     The bias takes part in the choice and not in the weight. With several groups only the experts of the `topk_group`
     best ones, by the sum of their two best scores, can be chosen.
     """
-    scores_TE = F.linear(x_TC.float(), w.router).sigmoid()
-    choice_TE = scores_TE + w.router_bias
+    logits_TE, bias = F.linear(x_TC.float(), w.router), w.router_bias
     if cfg.num_groups > 1:
-        grouped = choice_TE.unflatten(-1, (cfg.num_groups, -1))
+        grouped = (logits_TE.sigmoid() + bias).unflatten(-1, (cfg.num_groups, -1))
         best = grouped.topk(2, -1).values.sum(-1).topk(cfg.topk_group, -1).indices
         closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
-        choice_TE = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
-    expert_TR = choice_TE.topk(cfg.top_k, -1).indices
-    weight_TR = scores_TE.gather(-1, expert_TR)
-    if cfg.renormalize:
-        weight_TR = weight_TR / (weight_TR.sum(-1, keepdim=True) + 1e-20)
-    return weight_TR * cfg.routed_scaling, expert_TR
+        bias = bias.masked_fill(closed.repeat_interleave(grouped.shape[-1], -1), float("-inf"))
+    weight_TR, expert_TR = reference.route(logits_TE, bias, cfg.top_k, cfg.routed_scaling, cfg.renormalize)
+    return weight_TR, expert_TR.long()
 
 
 def assignments(expert_TR: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

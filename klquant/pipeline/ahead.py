@@ -12,11 +12,10 @@ from torch import Tensor
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.dtypes import DTYPES
 from klquant.checkpoint.reader import CheckpointReader
-from klquant.core.memory import own_pages, pin, unpin
+from klquant.core.memory import aligned, own_pages, pin, unpin
 
 # Reads under way at once: a fast disk wants several, and finding NaN in 4 GB takes a core a second or two.
 THREADS = 4
-ALIGNMENT = 64
 
 
 class Ahead:
@@ -72,7 +71,7 @@ class Ahead:
             self._coming[name] = self._pool.submit(self._read, name, start)
 
     def _room(self, name: str) -> int:
-        return -(-self.reader.info(name).nbytes // ALIGNMENT) * ALIGNMENT
+        return aligned(self.reader.info(name).nbytes)
 
     def _read(self, name: str, start: int | None) -> Tensor:
         """The tensor as stored, in the buffer from byte `start` on where there is one."""

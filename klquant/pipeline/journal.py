@@ -48,7 +48,7 @@ _CHANGED = {
     "weights": "other weights",
     "plan": "another recipe, target or tensor index",
     "calibration": OTHER_TEXT,
-    "device": "the device {0}, not {1}",
+    "device": "the device {0!r}, not {1!r}",
     "shard_bytes": "shards of {0:,} bytes, not {1:,}",
 }
 
@@ -84,9 +84,7 @@ class Journal:
         if not self.folder.exists():
             return None
         if not resume:
-            raise UserError(
-                f"{self.folder}: an unfinished run is there; continue it with --resume, or delete it to start again"
-            )
+            raise self._in_the_way()
         self._take()
         if self.complete:
             self.settings = self._read(self.folder / PROVENANCE)
@@ -99,12 +97,19 @@ class Journal:
         return self.found
 
     def make(self) -> None:
-        """Make the folder of a new run; `begin` makes it one that can be gone on with."""
+        """Make the folder of a new run; `begin` makes it one that can be gone on with.
+
+        Raises UserError, as `find` does, when another run has been there since.
+        """
+        check_output(self.out)
         try:
-            self.state.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take()
+            if self.complete or (self.state / PURPOSE).exists():
+                raise self._in_the_way()
+            self.state.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be created: {error.strerror}") from None
-        self._take()
 
     def begin(self, purpose: Purpose, settings: dict) -> None:
         """Commit to a purpose, and keep the `settings` that its plan came of: `recipe` and `target`. What a resumed run
@@ -121,6 +126,11 @@ class Journal:
                 changed += named or [text.format(self.found.get(key), now[key])]
         if changed:
             raise self.refusal("; ".join(changed))
+
+    def _in_the_way(self) -> UserError:
+        return UserError(
+            f"{self.folder}: an unfinished run is there; continue it with --resume, or delete it to start again"
+        )
 
     def refusal(self, what: str) -> UserError:
         return UserError(f"{self.folder}: was started with {what}; resume it as it was started, or delete it")
@@ -150,6 +160,19 @@ class Journal:
     def record(self, unit: int) -> dict:
         return self._read(self._unit(unit))
 
+    def require_shards(self, units: int) -> None:
+        """Raises UserError unless the shards of the first `units` units are there and as long as they were written."""
+        for unit in range(units):
+            self._require_files(self.record(unit)["shards"])
+
+    def _require_files(self, shards: dict[str, dict]) -> None:
+        for name, record in shards.items():
+            file, nbytes = self.folder / name, record["bytes"]
+            found = file.stat().st_size if file.exists() else None
+            if found != nbytes:
+                what = "is missing" if found is None else f"has {found:,} bytes and was written with {nbytes:,}"
+                raise UserError(f"{file}: {what}; put it back, or delete {self.folder} and start again")
+
     def stream(self, name: str, unit: int) -> Path:
         """File of the stream `name` as it enters `unit`."""
         return self.state / f"{name}-{unit:03d}.bin"
@@ -176,6 +199,7 @@ class Journal:
         The state goes in one step, so that what is left is never half a state.
         """
         trash, provenance = self.folder / TRASH, self._read(self.folder / PROVENANCE)
+        self._require_files(provenance["shards"])
         try:
             if self.state.exists():
                 os.replace(self.state, trash)

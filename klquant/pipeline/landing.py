@@ -5,9 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from klquant.core.memory import own_pages, pin, unpin
-
-ALIGNMENT = 64
+from klquant.core.memory import aligned, own_pages, pin, unpin
 
 
 class Landing:
@@ -45,7 +43,7 @@ class Landing:
             return tensor
         end = self._taken + tensor.nbytes
         out = self._buffers[0][self._taken : end].view(tensor.dtype).view(tensor.shape)
-        self._taken += room([tensor.nbytes])
+        self._taken += aligned(tensor.nbytes)
         return out.copy_(tensor, non_blocking=True)
 
     def settle(self) -> None:
@@ -56,4 +54,4 @@ class Landing:
 
 def room(sizes: Iterable[int]) -> int:
     """Bytes that tensors of `sizes` bytes take."""
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return sum(map(aligned, sizes))

@@ -9,7 +9,7 @@ from klquant.calibrate.experts import BLOCK
 from klquant.calibrate.footprint import Footprint, widest_layer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.config import KimiLinearConfig
-from klquant.core.memory import CUDA_CONTEXT, free_memory, limit_memory
+from klquant.core.memory import CUDA_CONTEXT, free_memory, limit_memory, resident_memory
 from klquant.core.units import decimal
 from klquant.errors import UserError
 
@@ -73,13 +73,16 @@ def place(
     size = streams * windows * length * config.hidden_size * settings.dtype.itemsize
     # One layer's weights read ahead; one layer's output waiting to be written and one in the making, at 8 bits or less.
     working = (STORED_ITEM + 2) * widest_layer(config) + HOST_BASE if cuda else 0
-    allowed = free_memory() if limits.cpu is None else min(free_memory(), limits.cpu)
+    allowed = free_memory()
+    if limits.cpu is not None:
+        # On a CPU `working` has nothing of the process itself.
+        allowed = min(allowed, limits.cpu - (0 if cuda else resident_memory()))
     kind = settings.device.type
     need = Footprint.of(config, settings.batch * length, settings.dtype.itemsize, BLOCK[kind], streams > 1)
     least = working if cuda else need.least
     if allowed < least:
         raise UserError(
-            f"host memory: a layer takes about {decimal(least)}, {decimal(allowed)} are free or allowed; "
+            f"host memory: a layer takes about {decimal(least)}, {decimal(max(0, allowed))} are free or allowed; "
             "free memory or raise --max-cpu-memory"
         )
     in_files = size > MEMORY_SHARE[kind] * (allowed - working)

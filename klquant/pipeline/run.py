@@ -14,13 +14,7 @@ from klquant.calibrate.coverage import whole_windows
 from klquant.calibrate.tokenizer import load_tokenizer
 from klquant.calibrate.walk import WalkSettings
 from klquant.checkpoint.reader import CheckpointReader
-from klquant.checkpoint.writer import (
-    Shard,
-    ShardRecord,
-    layer_units,
-    plan_shards,
-    write_safetensors,
-)
+from klquant.checkpoint.writer import Shard, ShardRecord, write_safetensors
 from klquant.core.device import hardware, pick_devices
 from klquant.core.memory import free_memory
 from klquant.core.units import decimal
@@ -35,7 +29,7 @@ from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices, place
 from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
 from klquant.pipeline.streams import DTYPES, StreamStore, stream_names
 from klquant.pipeline.text import draw_text, keep_text
-from klquant.pipeline.units import Progress, UnitResult, Units, names_read, packed_bytes, units_of
+from klquant.pipeline.units import Progress, UnitResult, Units, names_read, packed_bytes, shards_of, units_of
 from klquant.recipe.decision import Decision
 from klquant.recipe.plan import Plan
 
@@ -108,7 +102,7 @@ def quantize(
             journal.begin(purpose, made_from)
         for note in text.calibration.notes if text else ():
             watcher.note(note)
-        shards = plan_shards(layer_units(plan.stored_sizes()), options.shard_bytes)
+        shards = shards_of(plan, options.shard_bytes)
         if plan.needs_calibration:
             import_fla(settings.device, settings.dtype)
         _work(reader, plan, settings, journal, shards, text and text.calibration.ids, options.limits, watcher)
@@ -138,6 +132,7 @@ def _work(
     last written."""
     jobs, done = list(units_of(plan).items()), journal.done
     start = done if done == len(jobs) else journal.start(stream_names(plan) if ids_WS is not None else [])
+    journal.require_shards(start)
     watcher.begin([name for name, _ in jobs], start)
     if start < done:
         again = ", ".join(name for name, _ in jobs[start:done])

@@ -11,9 +11,11 @@ from klquant.calibrate.fit import TensorRecord, fit_weight
 from klquant.calibrate.metric import StreamMetric
 from klquant.calibrate.walk import LayerResult, LayerWalk, Streams, WalkSettings
 from klquant.checkpoint.dtypes import DTYPES
+from klquant.checkpoint.names import place_of
 from klquant.checkpoint.quantized import compress
 from klquant.checkpoint.reader import CheckpointReader
-from klquant.model.forward import EMBEDDING, FINAL_NORM, HEAD
+from klquant.checkpoint.writer import Shard, plan_shards
+from klquant.model.forward import FINAL_NORM, HEAD
 from klquant.model.norm import rms_norm
 from klquant.model.weights import LayerWeights
 from klquant.pipeline.ahead import Ahead
@@ -46,10 +48,14 @@ def units_of(plan: Plan) -> dict[str, list[Decision]]:
     """What is worked on in one go and is whole or not there at all: embedding, each layer, final norm and head."""
     units: dict[str, list[Decision]] = {}
     for d in plan.decisions:
-        layer = d.key.layer
-        name = f"layer {layer}" if layer is not None else "embedding" if d.key.name == EMBEDDING else "head"
-        units.setdefault(name, []).append(d)
+        units.setdefault(place_of(d.key.name).unit, []).append(d)
     return units
+
+
+def shards_of(plan: Plan, most: int) -> list[Shard]:
+    """The output's files, each of one unit and, where it has more than one tensor, of at most so many bytes."""
+    stored = [[s for d in decisions for s in stored_tensors(d)] for decisions in units_of(plan).values()]
+    return plan_shards([[(s.name, s.nbytes) for s in unit] for unit in stored], most)
 
 
 @dataclass

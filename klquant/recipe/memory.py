@@ -3,12 +3,12 @@
 Weights, latent cache and KDA state are exact; workspace and runtime are estimates and named so. Sizes in bytes.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from klquant.checkpoint.config import KimiLinearConfig
+from klquant.checkpoint.names import place_of
 
 GIB = 1 << 30
 CONTEXTS = (8_192, 131_072, 1_048_576)
@@ -30,8 +30,6 @@ CARDS: dict[str, tuple[int, float]] = {
     "80 GB": (1, 79.1),
 }
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(block_sparse_moe\.experts\.)?")
-
 
 @dataclass(frozen=True)
 class WeightSizes:
@@ -47,10 +45,11 @@ class WeightSizes:
         """From stored tensor name → bytes, packed or plain."""
         embedding, layers, final, routed = 0, [0] * num_layers, 0, [0] * num_layers
         for name, size in nbytes.items():
-            if (match := _LAYER.match(name)) is not None:
-                layers[int(match[1])] += size
-                routed[int(match[1])] += size if match[2] else 0
-            elif name.startswith("model.embed_tokens."):
+            place = place_of(name)
+            if place.layer is not None:
+                layers[place.layer] += size
+                routed[place.layer] += size if place.routed else 0
+            elif place.unit == "embedding":
                 embedding += size
             else:
                 final += size

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from klquant.checkpoint.names import TensorClass
 from klquant.core.spec import WeightSpec
 from klquant.errors import UserError
-from klquant.recipe.yamlfile import YamlFile, parse_yaml, read_yaml
+from klquant.recipe.yamlfile import YamlFile, packaged, parse_yaml, read_yaml
 
 DEFAULT_RECIPE = "int4"
 
@@ -160,7 +160,7 @@ class Recipe(Section):
 
 def known_recipes() -> list[str]:
     """Names of the recipes that travel with the package."""
-    return sorted(f.name.removesuffix(".yaml") for f in _package().iterdir() if f.name.endswith(".yaml"))
+    return packaged("klquant.recipes")
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

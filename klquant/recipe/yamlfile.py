@@ -5,6 +5,7 @@ None), which is what the schema validates strictly.
 """
 
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import yaml
@@ -29,6 +30,12 @@ class YamlFile:
         while path not in self.lines:
             path = path[:-1]
         return f"{self.where}:{self.lines[path]}"
+
+
+def packaged(package: str) -> list[str]:
+    """Names, without .yaml and sorted, of the YAML files that a package of klquant carries."""
+    names = (file.name for file in files(package).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def read_yaml(path: Path) -> YamlFile:

@@ -75,6 +75,11 @@ class Comparison:
     def of(
         cls, results: Sequence[tuple[str, Result]], sensitivities: Sequence[tuple[str, Sensitivity]] = ()
     ) -> "Comparison":
+        """Of results, and sensitivities of the same reference and text, each with the name of its file.
+
+        Raises UserError, naming files, where there is no result, one lacks a reference, they cannot be compared
+        (`check_comparable`), or memory was predicted for no context that all have.
+        """
         if not results:
             raise UserError("a report needs a result of klquant eval; klquant sensitivity alone is none")
         for file, result in results:

@@ -80,5 +80,6 @@ def log_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def short(name: str, most: int = 16) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+def short(name: str) -> str:
+    """A name as it fits beside or below a mark: at most 16 characters."""
+    return name if len(name) <= 16 else name[:15] + "…"

@@ -5,12 +5,12 @@ from itertools import pairwise
 
 from matplotlib.ticker import MaxNLocator
 
-from klquant.core.units import decimal
+from klquant.core.units import decimal, tokens
 from klquant.recipe.memory import CARDS, GIB
 from klquant.report.comparison import Comparison, Variant
 from klquant.report.labels import place_labels
 from klquant.report.marks import KLD, NARROW, WIDE, Plot, bars, floor_line, log_ticks, positive, short, style
-from klquant.report.spell import context, memory_unit
+from klquant.report.spell import memory_unit
 from klquant.report.svg import INK, MUTED, PAPER, Canvas, draw
 
 
@@ -29,8 +29,8 @@ def pareto_memory(c: Comparison) -> Plot:
     cards = {card: gib * GIB / unit for card, (count, gib) in CARDS.items() if count == 1}
     cards = {card: size for card, size in cards.items() if low < size < high}
     caption = "All on the card, 16-bit cache, one sequence." + " Upright: what cards hold." * bool(cards)
-    return _pareto(c, "pareto-memory", f"Accuracy against memory at {context(length)} tokens",
-                   f"memory at {context(length)} tokens, {name}", lambda v: v.memory(length).total / unit, cards,
+    return _pareto(c, "pareto-memory", f"Accuracy against memory at {tokens(length)} tokens",
+                   f"memory at {tokens(length)} tokens, {name}", lambda v: v.memory(length).total / unit, cards,
                    caption)  # fmt: skip
 
 

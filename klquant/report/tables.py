@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from klquant.core.units import decimal
+from klquant.core.units import decimal, tokens
 from klquant.evaluate.result import Interval, MemoryAt, Quality
 from klquant.recipe.memory import CARDS
 from klquant.report.comparison import Choice, Comparison, Variant
-from klquant.report.spell import change, context, decimals, memory_unit, times
+from klquant.report.spell import change, decimals, memory_unit, times
 from klquant.report.table import Cell, Row, Table
 
 Unit = tuple[int, str]
@@ -29,7 +29,7 @@ def choice_table(c: Comparison) -> Table:
     )
     if any(m.cache_bits == 8 for m in chosen):
         note += " † Only with its latent cache in 8 bits and the embedding in host memory; KLD is of a 16-bit cache."
-    columns = tuple(f"{context(length)} tokens" for length in c.contexts)
+    columns = tuple(f"{tokens(length)} tokens" for length in c.contexts)
     return Table("Which to take", columns, tuple(rows), note, corner="card", text=True)
 
 
@@ -123,7 +123,7 @@ def memory_tables(c: Comparison) -> list[Table]:
 
 
 def _memory_table(c: Comparison, way: str, bits: int, unit: Unit) -> Table:
-    columns = tuple(f"{context(length)} tokens" for length in c.contexts)
+    columns = tuple(f"{tokens(length)} tokens" for length in c.contexts)
     rows = []
     for v in c.variants:
         cells = [v.memory(length, bits) for length in c.contexts]
@@ -142,7 +142,7 @@ def _parts_table(c: Comparison, unit: Unit) -> Table:
             rows.append(Row(head(c, v), tuple(_memory(part, unit) for part in parts)))
     note = "Weights, cache and state are exact. Workspace (activations) and runtime (context, kernels) are estimates."
     return Table(
-        f"What it is made of at {context(length)} tokens, {unit[1]}", columns, tuple(rows), note, corner="variant"
+        f"What it is made of at {tokens(length)} tokens, {unit[1]}", columns, tuple(rows), note, corner="variant"
     )
 
 

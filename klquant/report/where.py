@@ -2,9 +2,9 @@
 
 from math import log10
 
+from klquant.core.units import percent, some
 from klquant.evaluate.result import ErrorRow
 from klquant.report.comparison import Comparison, Variant
-from klquant.report.spell import percent, some
 from klquant.report.table import Cell, Row, Table
 from klquant.report.tables import head
 

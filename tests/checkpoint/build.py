@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.index import PROVENANCE
-from klquant.checkpoint.names import TensorClass, TensorKey, parse_name
+from klquant.checkpoint.names import TensorClass, TensorKey, parse_name, place_of
 from klquant.checkpoint.quantized import compress, quantization_config
 from klquant.checkpoint.scheme import linear_modules
-from klquant.checkpoint.writer import layer_units, plan_shards, write_index, write_json, write_safetensors
+from klquant.checkpoint.writer import plan_shards, write_index, write_json, write_safetensors
 from klquant.core.grid import Quantized, encode
 from klquant.core.spec import WeightSpec
 from tests.tiny import tiny_tensors, write_tokenizer
@@ -74,7 +75,8 @@ def quantized_checkpoint(
         else:
             stored[name] = plain[name] = tensor
     sizes = {name: tensor.nbytes for name, tensor in stored.items()}
-    shards = plan_shards(layer_units(sizes), max_bytes)
+    units = groupby(sizes.items(), lambda item: place_of(item[0]).unit)
+    shards = plan_shards([list(unit) for _, unit in units], max_bytes)
     records = [write_safetensors(folder / s.file, {n: stored[n] for n in s.names}, {"format": "pt"}) for s in shards]
     write_index(folder, shards, sizes)
     config_json = raw | {"quantization_config": describe(assignments, kept, config)}

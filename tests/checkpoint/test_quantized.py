@@ -219,6 +219,10 @@ def test_a_scheme_that_klquant_cannot_read(folder, change, match):
     [
         ([], "quant_method None is not"),
         ({"quant_method": "gptq"}, "quant_method 'gptq' is not"),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R4": {}}}},
+            "transform_config .* is not supported",
+        ),
         ({"quant_method": "compressed-tensors"}, "config_groups is missing"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "config_groups is missing"),
         ({"quant_method": "compressed-tensors", "config_groups": ["W4A16"]}, "config_groups is missing"),

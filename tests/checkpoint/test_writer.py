@@ -20,7 +20,6 @@ from klquant.checkpoint.index import INDEX
 from klquant.checkpoint.writer import (
     Shard,
     copy_side_files,
-    layer_units,
     plan_shards,
     write_index,
     write_json,
@@ -146,15 +145,6 @@ def test_shards_hold_every_tensor_once_within_a_unit(sizes, limit):
     for one, two in itertools.pairwise(shards):  # none is opened before the last is full
         same_unit = one.names[0].split(".")[0] == two.names[0].split(".")[0]
         assert not same_unit or sum(nbytes[name] for name in one.names) + nbytes[two.names[0]] > limit
-
-
-def test_units():
-    names = [
-        "model.embed_tokens.weight", "model.layers.0.a", "model.layers.0.b", "model.layers.10.a", "model.norm.weight",
-        "lm_head.weight_packed",
-    ]  # fmt: skip
-    units = layer_units(dict.fromkeys(names, 1))
-    assert [[name for name, _ in unit] for unit in units] == [names[:1], names[1:3], names[3:4], names[4:]]
 
 
 def test_the_index(tmp_path):

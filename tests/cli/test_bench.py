@@ -1,15 +1,18 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from klquant.checkpoint.quantized import QuantizedReader
+from klquant.cli import bench_run
 from klquant.cli import main as cli
 from klquant.cli.bench import Numbers
 from klquant.engine.placement import CPU, plan_placement
 from klquant.engine.sizes import Outline, held_sizes
+from klquant.errors import UserError
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 SMALL = ("--devices", "cpu", "--prefill", "16", "--batch", "1,2", "--context", "16", "--steps", "2")
@@ -88,3 +91,19 @@ def test_what_cannot_be_measured_is_refused(args, says):
 
 def test_numbers():
     assert Numbers().convert("512,2k, 1M,2048,0", None, None) == (512, 2048, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("leaving", "chosen"), [({300: 25, 200: 19, 100: 10}, 200), ({300: 25, 200: 21, 100: 10}, 100)]
+)
+def test_experts_leave_for_larger_cells_until_twice_as_many_do(monkeypatch, leaving, chosen):
+    """`leaving`: bytes of experts in the host's memory, by the context of a cell; 100 may be there."""
+
+    def place(*_, context: int, host: int = 0, **needs):
+        if leaving[context] > host:
+            raise UserError("no room")
+        return SimpleNamespace(context=context, offloaded=leaving[context])
+
+    monkeypatch.setattr(bench_run, "place", place)
+    cells = SimpleNamespace(batch=(1,), caches=list(leaving))
+    assert bench_run._place(None, {}, torch.bfloat16, cells, 16, host=100).context == chosen

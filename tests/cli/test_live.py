@@ -8,7 +8,8 @@ from rich.console import Console
 
 from klquant.cli.live import Lines, View, watcher
 from klquant.cli.pace import Pace, Work
-from klquant.cli.spell import Size, about, duration, percent, place, some
+from klquant.cli.spell import Size, about, duration, place
+from klquant.core.units import percent, some
 from klquant.pipeline.report import UnitDone
 
 

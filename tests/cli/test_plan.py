@@ -6,7 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from klquant.cli.main import main
-from klquant.cli.render import count, decimal, tokens
+from klquant.cli.render import count
+from klquant.core.units import decimal, tokens
 from tests.recipe.build import INT4, WIDE, text
 from tests.tiny import tiny_checkpoint
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from klquant.calibrate.walk import WalkSettings
-from klquant.core.memory import CUDA_CONTEXT, free_memory, locked_pages, own_pages, pin
+from klquant.core.memory import CUDA_CONTEXT, free_memory, locked_pages, own_pages, pin, resident_memory
 from klquant.errors import UserError
 from klquant.pipeline.placement import CARD_SHARE, Limits, limit_devices
 
@@ -34,6 +34,12 @@ def test_a_card_has_what_is_free_and_allowed(card, name):
     assert free_memory(device) == 61 * GB
     limit_devices(WalkSettings(device, torch.bfloat16, 32), Limits(gpu=24 * GB))
     assert free_memory(device) == pytest.approx(CARD_SHARE * 24 * GB - CUDA_CONTEXT - 2 * GB, abs=2)
+
+
+def test_what_this_process_takes_is_counted():
+    before = resident_memory()
+    kept = torch.ones(1 << 26, dtype=torch.uint8)
+    assert resident_memory() - before == pytest.approx(kept.nbytes, rel=0.2)
 
 
 def test_locked_memory_shares_no_page():

@@ -43,6 +43,16 @@ def test_the_ends_of_the_range_survive(bits):
     assert torch.equal(unpack(pack(codes, bits), bits, 18), codes)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_single_word_in_any_layout(bits):
+    """Zero points of few rows are a column of words, whose strides torch lets be anything."""
+    codes = torch.arange(3 * 2).view(3, 2).to(torch.int8) % (1 << (bits - 1))
+    words_NW = pack(codes.T.contiguous(), bits).T.contiguous().T
+    assert torch.equal(unpack(words_NW, bits, 3), codes.T)
+    column = torch.empty_strided((5, 1), (1, 5), dtype=torch.int32).copy_(pack(codes[:1, :1].expand(5, 1), bits))
+    assert torch.equal(unpack(column, bits, 1), codes[:1, :1].expand(5, 1))
+
+
 def test_non_contiguous_input():
     codes = random_codes((6, 40), 3).T
     assert torch.equal(unpack(pack(codes, 3), 3, 6), codes)

@@ -316,6 +316,21 @@ def test_what_nobody_looked_at_is_not_kept():
     assert [prefix.tokens for prefix in s.prefixes] == [[2] * 8], "what it went on from is as good as before"
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_what_an_unsound_sequence_went_on_from_is_forgotten(sound):
+    """Its state may hold no numbers, and so may what it was copied from; other prefixes are not concerned."""
+    s, q = Scheduler(slots=1, pages=20, page_tokens=PAGE, chunk=50, prefixes=3), Sequence(12, 13, tokens=[2] * 12)
+    run_alone(s, [1] * 8)
+    run_alone(s, [2] * 8)
+    s.add(q)
+    s.schedule()
+    q.checked = True
+    s.finish(q, sound=sound)
+    assert q.reused == 8
+    assert sorted(prefix.tokens for prefix in s.prefixes) == [[1] * 8, *([[2] * 8, [2] * 12] if sound else [])]
+    assert run_alone(s, [2] * 16) == (12 if sound else 0)
+
+
 def test_a_prefix_that_frees_nothing_does_not_make_room():
     s = Scheduler(slots=3, pages=6, page_tokens=PAGE, chunk=50, prefixes=3)
     running = Sequence(8, 12, tokens=[1] * 8, checked=True)

@@ -1,14 +1,16 @@
+from functools import partial
+
 import pytest
 import torch
 
 from klquant.engine.build import OneDevice
 from klquant.engine.placement import PARTS, longest_context, plan_placement
 from klquant.engine.sizes import held_sizes
+from klquant.engine.state import DeviceState
 from klquant.engine.synthetic import parse_synthetic, random_weights, synthetic_outline
 from klquant.engine.usage import measured_usage, predicted_usage, step_traffic
 from klquant.engine.weights import storage_bytes
-from klquant.model.block import new_state
-from klquant.model.kda import KDAState
+from klquant.kernels.mla.pages import pages_for
 from klquant.recipe.memory import GIB
 from tests.engine.build import CPU
 from tests.engine.test_synthetic import CONFIG
@@ -23,10 +25,10 @@ def test_what_is_held_is_what_was_predicted():
     placement = plan_placement(CONFIG, sizes, {CPU: 64 * GIB}, context=1024, sequences=3)
     assert all(row.actual is None for row in predicted_usage(placement))
     weights = random_weights(outline, placement, torch.bfloat16)
-    states = {i: new_state(CONFIG, i, 3, torch.bfloat16, CPU) for i in range(CONFIG.num_layers)}
-    kda = {i: state for i, state in states.items() if isinstance(state, KDAState)}
-    latent = torch.empty(len(CONFIG.mla_layers), 1024, CONFIG.latent_dim, dtype=torch.bfloat16)
-    rows = measured_usage(placement, weights, [latent], kda)
+    room = {"slots": 3, "pages": pages_for(1024), "max_context": 1024, "cache_bits": 16}
+    layers = range(CONFIG.num_layers)
+    empty = partial(DeviceState.empty, CONFIG, **room, dtype=torch.bfloat16, device=CPU)
+    rows = measured_usage(placement, weights, [empty(layers[:2]), empty(layers[2:])])
     assert [row.part for row in rows] == list(PARTS)
     for row in rows[:3]:
         assert row.actual == row.predicted > 0

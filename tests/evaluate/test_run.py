@@ -180,10 +180,20 @@ def test_infinite_logits_are_refused(tiny, options, tmp_path):
         evaluate(broken, tiny, tmp_path / "r.json", options)
 
 
-def test_another_vocabulary_is_refused(tiny, options, tmp_path):
-    other = tiny_checkpoint(tmp_path / "other", vocab_size=400)
-    with pytest.raises(UserError, match=r"vocabulary of 400, but .* has 320"):
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"vocab_size": 400}, "vocab_size is 400, but .* has 320"),
+        ({"num_experts": 4}, "num_experts is 4, but .* has 8"),
+        ({"hidden_size": 128}, "hidden_size is 128, but .* has 64"),
+        ({"routed_scaling_factor": 1.5}, "routed_scaling is 1.5, but .* has"),
+    ],
+)
+def test_a_model_of_another_shape_is_refused(tiny, options, tmp_path, change, text):
+    other = tiny_checkpoint(tmp_path / "other", **change)
+    with pytest.raises(UserError, match=rf"{text}.*; the reference must be the model that was quantized"):
         evaluate(other, tiny, tmp_path / "r.json", options)
+    assert not any(tmp_path.glob("r.json*"))
 
 
 def test_another_tokenizer_is_refused_unless_it_cuts_alike(tiny, options, tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from math import prod
 from types import SimpleNamespace
 
 import pytest
@@ -58,12 +59,17 @@ def grids(seed, config):
     return {key.module: choices[int(torch.randint(5, (), generator=generator))] for key in keys}
 
 
+def stored_bytes(reader):
+    return {name: info.nbytes for name, info in reader.files.tensors.items()}
+
+
 @pytest.mark.parametrize("by", ["class", "layer"])
 @pytest.mark.parametrize("seed", range(4))
 def test_parts_have_every_quantized_matrix_once(tiny, by, seed):
-    config = QuantizedReader.open(tiny).config
+    reader = QuantizedReader.open(tiny)
+    config, nbytes = reader.config, stored_bytes(reader)
     specs = {m: s and s.model_copy(update={"group_size": 32}) for m, s in grids(seed, config).items()}
-    every, *rest = parts(config, specs, by)
+    every, *rest = parts(config, specs, by, nbytes)
     quantized = {f"{module}.weight" for module, spec in specs.items() if spec is not None}
     assert every.names == quantized and every.said.name == EVERYTHING and every.said.is_whole
     assert sorted(name for part in rest for name in part.names) == sorted(quantized)
@@ -80,7 +86,9 @@ def test_parts_have_every_quantized_matrix_once(tiny, by, seed):
 def test_a_part_weighs_what_the_checkpoint_stores_for_it(tiny, variant):
     reader = QuantizedReader.open(variant)
     infos = reader.files.tensors
-    every, *_ = parts(reader.config, reader.specs, "class")
+    before = {name: 4 * prod(shape) for name, shape in expected_tensors(reader.config).items()}
+    every, *_ = parts(reader.config, reader.specs, "class", before)
+    assert every.said.bytes_before == 4 * every.said.weights
     packed = sum(info.nbytes for name, info in infos.items() if name.rpartition(".")[2].startswith("weight_"))
     assert every.said.bytes_after == packed
     assert every.said.scheme == {"INT4 g32": 72, "INT8 g32": 28}
@@ -88,7 +96,7 @@ def test_a_part_weighs_what_the_checkpoint_stores_for_it(tiny, variant):
 
 def test_nothing_mixed_is_the_reference_and_all_of_it_the_other(tiny, variant):
     base, other = (DeviceSource(QuantizedReader.open(folder), CPU) for folder in (tiny, variant))
-    names = parts(other.config, other.reader.specs, "class")[0].names
+    names = parts(other.config, other.reader.specs, "class", stored_bytes(base.reader))[0].names
     ids = torch.arange(3, 3 + WINDOW)[None]
 
     def last(source):

@@ -1,8 +1,11 @@
 """A folder of finished windows: found again by its purpose, and damage named."""
 
+import os
+
 import pytest
 import torch
 
+from klquant.checkpoint import writer
 from klquant.errors import UserError
 from klquant.evaluate.windows import WindowFolder
 
@@ -19,6 +22,34 @@ def test_windows_are_found_again_for_their_purpose_only(tmp_path):
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in file.tensors().items())
     assert torch.equal(file.rows(["a"], 1, 3)["a"], TENSORS["a"][1:3])
     assert 1 not in WindowFolder.open(tmp_path / "w", PURPOSE | {"windows": 3})
+
+
+def test_two_processes_write_the_same_window(tmp_path, monkeypatch):
+    """The second begins and ends while the first is at it."""
+    folder, view = WindowFolder.open(tmp_path / "w", PURPOSE), writer._view
+
+    def meanwhile(tensor):
+        monkeypatch.setattr(writer, "_view", view)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        assert 0 not in WindowFolder.open(tmp_path / "w", PURPOSE)
+        folder.write(0, TENSORS)
+        return view(tensor)
+
+    monkeypatch.setattr(writer, "_view", meanwhile)
+    folder.write(0, TENSORS)
+    assert torch.equal(folder.read(0)["a"], TENSORS["a"])
+    assert {path.name for path in (tmp_path / "w").iterdir()} == {"purpose.json", "window-00000.safetensors"}
+
+
+def test_what_a_killed_process_left_goes_in_time(tmp_path):
+    folder = tmp_path / "w"
+    folder.mkdir()
+    halves = [folder / ".1-window-00000.safetensors", folder / ".2-window-00001.safetensors"]
+    for half in halves:
+        half.touch()
+    os.utime(halves[0], (0, 0))
+    WindowFolder.open(folder, PURPOSE)
+    assert [half.exists() for half in halves] == [False, True]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

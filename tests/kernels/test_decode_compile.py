@@ -3,17 +3,16 @@
 Each launch is compiled for one of the cards in turn; with `-m slow` for all.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import cycle
 
 import pytest
 import torch
 
-from klquant.kernels.kda.tiles import TILES, Tile
+from klquant.kernels.kda.tiles import decode_tile as kda_tile
 from klquant.kernels.kda.weights import KDADecode
 from klquant.kernels.mla.pages import LatentPages
-from klquant.kernels.mla.tiles import Tile as MLATile
-from klquant.kernels.mla.tiles import decode_tile, tiles
+from klquant.kernels.mla.tiles import decode_tile
 from tests.kernels.launches import CARDS, Launch
 from tests.kernels.test_compile import launches, meta, problems
 from tests.triton_interpreter import interpreting, needs_triton
@@ -31,7 +30,7 @@ def floats(*shape: int) -> torch.Tensor:
     return meta(*shape, dtype=torch.float32)
 
 
-def kda_steps(dtype: torch.dtype, tiles: Iterable[Tile]) -> Iterator:
+def kda_step(dtype: torch.dtype, early: bool) -> Iterator:
     from klquant.kernels.kda import triton as kda
 
     width = HEADS * DIM
@@ -39,12 +38,11 @@ def kda_steps(dtype: torch.dtype, tiles: Iterable[Tile]) -> Iterator:
         meta(3 * width, TAPS, dtype=dtype), floats(HEADS), floats(width), meta(width, LOW, dtype=dtype),
         meta(width, LOW, dtype=dtype), meta(DIM, dtype=dtype),
     )  # fmt: skip
-    for tile in tiles:
-        yield lambda tile=tile: kda.kda_decode(
-            meta(4, 3 * width, dtype=dtype), meta(4, 2 * LOW + HEADS, dtype=dtype), w,
-            meta(9, 3 * width, TAPS - 1, dtype=dtype), floats(9, HEADS, DIM, DIM), meta(4, dtype=torch.int32), 1e-5,
-            tile,
-        )  # fmt: skip
+    yield lambda: kda.kda_decode(
+        meta(4, 3 * width, dtype=dtype), meta(4, 2 * LOW + HEADS, dtype=dtype), w,
+        meta(9, 3 * width, TAPS - 1, dtype=dtype), floats(9, HEADS, DIM, DIM), meta(4, dtype=torch.int32), 1e-5,
+        kda_tile(early),
+    )  # fmt: skip
 
 
 def write_steps(dtype: torch.dtype, early: bool) -> Iterator:
@@ -64,7 +62,7 @@ def steps(dtype: torch.dtype) -> Iterator:
     from klquant.kernels.norm import triton as norm
     from klquant.kernels.norm.parts import Parts
 
-    yield from kda_steps(dtype, [tile for tile in TILES if not tile.early])
+    yield from kda_step(dtype, early=False)
     yield from write_steps(dtype, False)
     h, delta, weight = floats(4, HIDDEN), meta(4, HIDDEN, dtype=dtype), meta(HIDDEN, dtype=dtype)
     yield lambda: norm.add_rms_norm(h, delta, weight, 1e-5, meta(4, 16, dtype=torch.int32))
@@ -89,21 +87,19 @@ def steps(dtype: torch.dtype) -> Iterator:
             yield lambda x=x, turn=turn, total=total: router.route_normed(total, x, weight, 1e-5, *choice, turn)
 
 
-def mla_steps(
-    dtype: torch.dtype, batch: int, card: int, stored: torch.dtype | None, tile: MLATile | None = None
-) -> Iterator:
+def mla_step(dtype: torch.dtype, batch: int, card: int, stored: torch.dtype | None) -> Iterator:
     from klquant.kernels.mla import triton as mla
 
     pages = LatentPages.empty(9, RANK + ROPE, stored or dtype, "meta")
     q, kv_b = meta(batch, HEADS, NOPE + ROPE, dtype=dtype), meta(HEADS * (NOPE + V), RANK, dtype=dtype)
     table, length = meta(batch, 2048, dtype=torch.int32), meta(batch, dtype=torch.int32)
-    tile = tile or decode_tile(batch, 2048 * 64, 132, staged=card == 90)
+    tile = decode_tile(batch, 2048 * 64, 132, staged=card == 90)
     yield lambda: mla.mla_decode(q, kv_b, pages, table, length, 0.07, tile)
 
 
 def attends(monkeypatch, card: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """The launches of mla_decode on `card`, batch 1 and more."""
-    groups = [mla_steps(dtype, batch, card, stored) for stored in STORED for batch in (1, 32)]
+    groups = [mla_step(dtype, batch, card, stored) for stored in STORED for batch in (1, 32)]
     return launches(monkeypatch, *groups)
 
 
@@ -114,12 +110,10 @@ def test_decode_launches(monkeypatch):
 
 def test_what_starts_early(monkeypatch):
     """Instructions that a card has from sm90 on."""
-    found = launches(monkeypatch, kda_steps(torch.bfloat16, [tile for tile in TILES if tile.early]))
+    found = launches(monkeypatch, kda_step(torch.bfloat16, early=True))
     for dtype in (torch.bfloat16, torch.float16):
         found += launches(monkeypatch, write_steps(dtype, True))
-        for stored in STORED:
-            kinds = tiles(132, True)
-            found += launches(monkeypatch, *(mla_steps(dtype, 1, 90, stored, tile) for tile in kinds))
+        found += launches(monkeypatch, *(mla_step(dtype, 1, 90, stored) for stored in STORED))
     found = dict.fromkeys(found)
     assert not problems((launch, 90) for launch in found)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.names import SENSITIVE, expected_tensors, parse_name
@@ -10,7 +11,7 @@ from klquant.checkpoint.reader import CheckpointReader
 from klquant.checkpoint.verify import verify
 from klquant.errors import UserError
 from klquant.model.forward import Model
-from tests.pipeline.build import recipe, run
+from tests.pipeline.build import recipe, run, short_model
 from tests.tiny import tiny_config
 
 TEXT = "calibration: {mix: tiny, tokens: 64, window: 32, min_expert_tokens: 0, max_tokens: 64}"
@@ -72,3 +73,17 @@ COMPANY = {
 @pytest.mark.parametrize("rules", COMPANY.values(), ids=COMPANY.keys())
 def test_roles_in_company(model, exact, tmp_path, rules):
     check(model, exact, tmp_path / "out", "".join(rule(*r) for r in rules) + HEAD)
+
+
+def test_a_matrix_of_zeros_has_no_error(tmp_path):
+    """GPTQ's correction of its target makes it other than zero; an error relative to nothing would drown all others."""
+    folder = short_model(tmp_path / "model")
+    name = "model.layers.1.self_attn.o_proj"
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if f"{name}.weight" in tensors:
+            tensors[f"{name}.weight"].zero_()
+            save_file(tensors, path, metadata={"format": "pt"})
+    made = run(folder, tmp_path / "out", recipe())
+    assert made["tensors"][name]["error"] == 0
+    assert verify(tmp_path / "out") == []

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import klquant.calibrate.experts as experts
 import klquant.pipeline.run as pipeline
+from klquant.checkpoint.verify import verify
 from klquant.errors import UserError
+from klquant.pipeline import streams
 from klquant.pipeline.journal import Journal
 from klquant.pipeline.report import Silent
+from klquant.pipeline.streams import COPY_SHARE, StreamStore  # before it is changed for this folder
 from klquant.recipe.targets import TARGETS
 from tests.pipeline.build import RULES, TEXT, Stop, Stopped, digests, recipe, run, short_model, unfinished
 
@@ -82,6 +86,16 @@ def refused(out: Path, text: str, model: Path, *args, **options) -> None:
         run(model, out, *args, **options)
     assert "\n" not in str(error.value) and not out.exists()
     assert digests(unfinished(out)) == before
+
+
+@pytest.mark.parametrize(("since", "due"), [(19.9, False), (20.1, True)])
+def test_copies_of_streams_take_a_twentieth_of_the_time(monkeypatch, since, due):
+    """The last took a second, so the next is due after twenty."""
+    monkeypatch.setattr(streams, "COPY_SHARE", COPY_SHARE)
+    monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: 100 + since))
+    store = StreamStore.__new__(StreamStore)
+    store._saved, store._took = 100, 1.0
+    assert store.due == due
 
 
 @pytest.mark.parametrize(("lost", "again"), [(False, "layer 1"), (True, "layer 0, layer 1")])
@@ -180,7 +194,7 @@ def test_another_kind_of_device_is_refused(stopped, model, monkeypatch):
     """A GPU works in other precision and order."""
     monkeypatch.setattr(pipeline, "pick_devices", lambda names: [torch.device("cuda")])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some card")
-    what = "was started with the device cpu [A-Z0-9]+, not cuda some card; resume"
+    what = "was started with the device 'cpu [A-Z0-9]+, 1 threads', not 'cuda some card'; resume"
     refused(stopped, what, model, resume=True, device="cuda")
 
 
@@ -200,7 +214,44 @@ def test_where_nothing_can_be_resumed_a_run_begins_and_says_so(model, tmp_path, 
 def test_a_cpu_with_other_instructions_is_refused(stopped, model, monkeypatch):
     """It adds in other orders."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "some instructions")
-    refused(stopped, "was started with the device cpu [A-Z0-9]+, not cpu some instructions", model, resume=True)
+    refused(stopped, "was started with the device 'cpu [A-Z0-9]+, 1 threads', not 'cpu some instr", model, resume=True)
+
+
+def test_another_number_of_threads_is_refused(stopped, model, monkeypatch):
+    """They share sums among them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    refused(stopped, ", 1 threads', not 'cpu .*, 77 threads'; resume", model, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_finished_shard_that_is_not_whole_is_named(stopped, model, damage):
+    shard = min(unfinished(stopped).glob("*.safetensors"))
+    shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-1])
+    refused(stopped, rf"{shard.name}: (is missing|has .* bytes and was written with)", model, resume=True)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_another_overtook_leaves_its_folder_alone(model, tmp_path, monkeypatch, finished):
+    """Both begin; while the first draws its text the other works in the same place, and stops or ends."""
+    out, draw = tmp_path / "out", pipeline.draw_text
+
+    def slow(*args):
+        monkeypatch.setattr(pipeline, "draw_text", draw)
+        if finished:
+            run(model, out)
+        else:
+            with pytest.raises(Stopped):
+                run(model, out, watcher=Stop("layer 1"))
+        return draw(*args)
+
+    monkeypatch.setattr(pipeline, "draw_text", slow)
+    match = "exists and is not an empty folder" if finished else "an unfinished run is there"
+    with pytest.raises(UserError, match=match):
+        run(model, out, recipe(gptq="damp: 0.02"))
+    if not finished:
+        run(model, out, resume=True)
+    assert not verify(out)
+    assert not unfinished(out).exists()
 
 
 def test_every_change_is_named(stopped, model):

@@ -58,6 +58,16 @@ def test_even_activity_leaves_the_weight_alone():
     assert bool((scale == 1).all())
 
 
+@pytest.mark.parametrize("least", [1e-8, 0.0])
+def test_a_channel_that_is_hardly_active_is_not_scaled_away(least):
+    """Scales stop at 1e-4 of the largest, though the rest wants each channel scaled by all of its activity."""
+    activity = torch.linspace(0.05, 1, K)
+    activity[7] = least
+    w = torch.randn(1, N, K, generator=torch.Generator().manual_seed(9)) / activity.clamp_min(0.05)
+    scale = search_scale([Consumer(w, activity.square().diag(), SPEC)], activity, grid=4)
+    assert scale.min() == scale[7] == 2**-13 and scale[0] < 0.1
+
+
 CLIPPED = [SPEC, WeightSpec(bits=3, group_size=32), WeightSpec(bits=4, group_size=32, symmetric=False)]
 
 

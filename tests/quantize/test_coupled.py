@@ -3,7 +3,7 @@
 import torch
 
 from klquant.core.spec import WeightSpec
-from klquant.quantize.coupled import coupled_gptq
+from klquant.quantize.coupled import MIN_ROWS, coupled_gptq
 from klquant.quantize.gptq import gptq
 
 E, N, K = 2, 100, 64
@@ -45,3 +45,15 @@ def test_rows_come_back_where_they_were():
     plain, coupled = (f(w, h, *m, SPEC, damp=0.05, rounds=0) for f, m in ((gptq, ()), (coupled_gptq, (order.diag(),))))
     torch.testing.assert_close(plain.quantized.scale, coupled.quantized.scale)
     assert (plain.quantized.codes != coupled.quantized.codes).float().mean() < 0.002
+
+
+def test_rows_that_count_most_go_first():
+    """Nothing was rounded before them, so they are what GPTQ makes of them alone; what they leave moves the others."""
+    w, h, metric = problem(3)
+    metric = metric * torch.outer(*2 * [1 + torch.rand(N, generator=torch.Generator().manual_seed(6))])
+    order = metric.diagonal().argsort(descending=True, stable=True)
+    first, rest = order[:MIN_ROWS], order[MIN_ROWS:]
+    coupled = coupled_gptq(w, h, metric, SPEC, damp=0.05, rounds=1).quantized.codes
+    alone, others = (gptq(w[:, rows], h, SPEC, damp=0.05, rounds=1).quantized.codes for rows in (first, rest))
+    assert torch.equal(coupled[:, first], alone)
+    assert (coupled[:, rest] != others).float().mean() > 0.1

@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from klquant.core.grid import SCALE_DTYPE, Quantized
 from klquant.core.spec import WeightSpec
 from klquant.quantize.factor import inverse_factor
 from klquant.quantize.gptq import descend, gptq, layer_loss, refit_scales
@@ -135,6 +136,18 @@ def test_refinements_never_raise_any_rows_loss(step):
         q = rtn(w, spec)
         before, after = (((d @ h) * d).sum(-1) for d in (w - q.decode(), w - step(w, h, q).decode()))
         assert bool((after <= before).all()) and float(after.sum() / before.sum()) < 0.99
+
+
+def test_a_scale_moves_by_less_than_twice_or_half():
+    """Though the loss of the rows whose weights are 3 and 0.3 times what their codes say would be lower."""
+    spec, codes = (
+        WeightSpec(bits=4, group_size=32),
+        torch.arange(32, dtype=torch.int8).view(1, 1, 32).expand(1, 4, 32) % 15 - 7,
+    )
+    q = Quantized(spec, codes.contiguous(), torch.full((1, 4, 1), 0.5, dtype=SCALE_DTYPE), None)
+    w = q.decode() * torch.tensor([3, 1.5, 0.75, 0.3])[:, None]
+    found = refit_scales(w, torch.eye(32)[None], q).scale.flatten()
+    torch.testing.assert_close(found.float(), torch.tensor([0.5, 0.75, 0.375, 0.5]), rtol=0.01, atol=0)
 
 
 def test_an_exact_weight_stays_exact():

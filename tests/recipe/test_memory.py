@@ -4,6 +4,7 @@ from klquant.checkpoint.index import read_tensor_index
 from klquant.recipe.memory import (
     CARDS,
     GIB,
+    STAGING_MOST,
     Memory,
     WeightSizes,
     contexts,
@@ -11,6 +12,7 @@ from klquant.recipe.memory import (
     latent_bytes,
     offloaded,
     predict_memory,
+    staging_bytes,
 )
 from klquant.recipe.plan import make_plan
 from klquant.recipe.schema import load_recipe
@@ -105,3 +107,12 @@ def test_sizes_by_place_of_packed_and_plain_names():
 def test_contexts_stop_at_what_the_model_can():
     assert contexts(index()[0]) == [4096]
     assert contexts(index(model_max_length=131_072)[0]) == [8_192, 131_072]
+
+
+@pytest.mark.parametrize(
+    ("largest", "layers", "room"),
+    [(1000, 8, 2000), (1000, 7, 0), (STAGING_MOST // 2, 8, STAGING_MOST), (STAGING_MOST // 2 + 1, 26, 0), (0, 26, 0)],
+)
+def test_experts_come_back_through_room_for_two_layers(largest, layers, room):
+    """At most half a GiB, and at most a quarter of what left: of fewer than eight layers two are more than that."""
+    assert staging_bytes(largest, layers) == room

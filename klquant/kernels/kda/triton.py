@@ -33,8 +33,8 @@ def kda_state_kernel(
 ):  # fmt: skip
     """out [B, H·D] and the states at `slot`; grid (heads · SPLITS, sequences), a program has D / SPLITS columns.
 
-    With SPLITS > 1 outputs wait in `wide` [B, H·D] FP32 until the last program of a head, who finds `turn` at
-    SPLITS − 1, normalizes them.
+    Outputs wait in `wide` [B, H·D] FP32 until the last program of a head, who finds `turn` at SPLITS − 1, normalizes
+    them. SPLITS is 2 or more.
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
     BV: tl.constexpr = D // SPLITS
@@ -61,7 +61,7 @@ def kda_state_kernel(
         q = tl.load(at + Q * D + d)
         value = tl.load(at + VALUE * D + v)
         along = tl.load(product + row * H + head)
-        gate = tl.load(at + GATE * D + v) if SPLITS == 1 else tl.load(at + GATE * D + d)
+        gate = tl.load(at + GATE * D + d)
 
         s *= decay[:, None]
         # Sₜᵀ q = (decayed S)ᵀ q + (k · q) · update: both sums over the state at once.
@@ -69,22 +69,16 @@ def kda_state_kernel(
         update = step * (value - seen)
         o = asked + along * update
         s += k[:, None] * update[None, :]
-        if SPLITS == 1:
-            # Where a small state has fewer values than its program threads, several read what one overwrites.
-            tl.debug_barrier()
-            tl.store(s_at, s)
-            tl.store(to + v, (o * tl.rsqrt(tl.sum(o * o, 0) / D + eps) * gate).to(DTYPE))
-        else:
-            # Every program writes its own columns and only the last reads: the same bits whoever is last.
-            whole = wide + (row * H + head) * D
-            tl.store(whole + v, o)
-            tl.debug_barrier()
-            before = tl.atomic_add(turn + row * H + head, 1, sem="acq_rel")
-            # The atomic waits for what was stored before it.
-            tl.store(s_at, s)
-            if before == SPLITS - 1:
-                all = tl.load(whole + d, cache_modifier=".cg")
-                tl.store(to + d, (all * tl.rsqrt(tl.sum(all * all, 0) / D + eps) * gate).to(DTYPE))
+        # Every program writes its own columns and only the last reads: the same bits whoever is last.
+        whole = wide + (row * H + head) * D
+        tl.store(whole + v, o)
+        tl.debug_barrier()
+        before = tl.atomic_add(turn + row * H + head, 1, sem="acq_rel")
+        # The atomic waits for what was stored before it.
+        tl.store(s_at, s)
+        if before == SPLITS - 1:
+            all = tl.load(whole + d, cache_modifier=".cg")
+            tl.store(to + d, (all * tl.rsqrt(tl.sum(all * all, 0) / D + eps) * gate).to(DTYPE))
     else:
         tl.store(to + v, tl.zeros([BV], DTYPE))
 

@@ -1,7 +1,5 @@
 """y = x Wᵀ with W packed, and silu(x Gᵀ) · (x Uᵀ) with rows of G and U interleaved sixteen by sixteen."""
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -11,11 +9,10 @@ from klquant.kernels.bricks import BRICK, CHUNK, ROWS, Weight, fields, tile_prod
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
 from klquant.kernels.norm.parts import Parts
+from klquant.kernels.ptx import PTX
 
 # Inputs of a plain weight that a program reads at once: of two bytes each, what a brick of bytes has.
 PLAIN_INPUTS = tl.constexpr(64)
-# Triton's interpreter knows no inline assembly.
-PTX = os.environ.get("TRITON_INTERPRET") != "1"
 
 
 @triton.jit

@@ -1,1 +1,1 @@
-"""Multi-head latent attention of one position a sequence over a paged cache of latents."""
+"""Multi-head latent attention over paged latents: of one position a sequence, and what surrounds that of a chunk."""

@@ -41,9 +41,10 @@ class LatentPages:
         """As the kernels name it: fp8, int8 or plain."""
         return {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(self.data.dtype, "plain")
 
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+def pages_for(tokens: int) -> int:
+    """Pages that so many tokens of one sequence take."""
+    return -(-tokens // PAGE_SIZE)
 
 
 def page_position(page_T: Tensor, position_T: Tensor) -> Tensor:

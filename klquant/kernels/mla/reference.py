@@ -9,6 +9,7 @@ from klquant.kernels.norm.reference import LATENT_EPS, rms_norm, widen
 
 
 def write_latent(kv_a: Tensor, norm_weight: Tensor, pages: LatentPages, position_T: Tensor) -> None:
+    """`klquant.kernels.mla.dispatch.write_latent`: one scale a latent, its largest magnitude over CODE_MAX."""
     rank = len(norm_weight)
     latent = torch.cat([rms_norm(kv_a[:, :rank], norm_weight, LATENT_EPS), kv_a[:, rank:]], -1)[position_T >= 0]
     at = position_T[position_T >= 0]
@@ -44,6 +45,7 @@ def mla_decode(
 
 
 def keys_values(kv_TF: Tensor, shared_TR: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
+    """`klquant.kernels.mla.dispatch.keys_values`, in any dtype; values as wide as keys or wider are not padded."""
     kv_HTK = kv_TF.unflatten(-1, (heads, -1)).transpose(0, 1)
     k, v = kv_HTK.split([nope, kv_HTK.shape[-1] - nope], -1)
     k = torch.cat([k, shared_TR.expand(heads, -1, -1)], -1)
@@ -54,6 +56,10 @@ def keys_values(kv_TF: Tensor, shared_TR: Tensor, heads: int, nope: int) -> tupl
 def join(
     a: Tensor, a_sum: Tensor, b: Tensor, b_sum: Tensor, v_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`klquant.kernels.mla.dispatch.join`, in any dtype.
+
+    softmax over two sets = (e^a o_1 + e^b o_2) / (e^a + e^b), a and b the logarithms of the sets' sums of exponentials.
+    """
     total = torch.logaddexp(a_sum, b_sum)
     a, b = (widen(o[..., :v_dim]) * (part - total).exp()[..., None] for o, part in ((a, a_sum), (b, b_sum)))
     return (a + b).to(dtype), total

@@ -31,13 +31,6 @@ class Tile:
         return f"{self.tokens}/{self.warps}/{self.splits}{kind}"
 
 
-def tiles(splits: int, hopper: bool) -> list[Tile]:
-    """What a benchmark compares on a card, for latents of STAGED_RANK values and more."""
-    if hopper:
-        return [Tile(64, 8, splits, early, staged=True) for early in (False, True)]
-    return [Tile(16, 4, splits), Tile(32, 8, splits)]
-
-
 def decode_tile(batch: int, most_tokens: int, processors: int, staged: bool = False) -> Tile:
     """Tile of `batch` sequences of up to `most_tokens` on a card of so many multiprocessors."""
     tokens = 64 if staged else 32

@@ -13,8 +13,6 @@ Latents are the left operand of both products and the heads, padded to 8, the mi
 multiplies its scores and weights; queries and means lie even ‖ odd likewise.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -24,9 +22,8 @@ from klquant.kernels.mla.ends import absorb_kernel, finish_kernel
 from klquant.kernels.mla.pages import PAGE_SIZE, LatentPages
 from klquant.kernels.mla.tiles import Tile
 from klquant.kernels.mla.words import latents, unit
+from klquant.kernels.ptx import PTX
 
-# Triton's interpreter knows no inline assembly.
-PTX = os.environ.get("TRITON_INTERPRET") != "1"
 LOG2E = 1.4426950408889634
 
 

@@ -18,6 +18,11 @@ CHUNK = 4096
 def group_kernel(
     expert, order, tiles, routes, BLOCK: tl.constexpr, TOKENS: tl.constexpr, OWN: tl.constexpr, FEW: tl.constexpr
 ):
+    """order [routes] and tiles [·, 3] (expert or −1, first, last) of expert [routes], all int32; grid (experts).
+
+    TOKENS: most routes of a tile. FEW: an expert owns as many tiles as it has routes, not hi // t − lo // t + 1. BLOCK
+    routes are looked at, and OWN tiles written, at a time.
+    """
     e = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     lower = tl.zeros([BLOCK], tl.int32)

@@ -19,7 +19,10 @@ def experts(x_TC: Tensor, weight_TR: Tensor, expert_TR: Tensor, gate_up: Packed,
 
 
 def route(logits_TE: Tensor, bias_E: Tensor, top: int, scale: float, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Logits [T, E] and bias [E] → (weight [T, R], expert [T, R] int32), best first."""
+    """Logits [T, E] and bias [E] or [T, E] → (weight [T, R], expert [T, R] int32), best first.
+
+    The bias takes part in the choice and not in the weight.
+    """
     score_TE = logits_TE.sigmoid()
     expert_TR = (score_TE + bias_E).topk(top, -1).indices
     weight_TR = score_TE.gather(-1, expert_TR)

@@ -17,11 +17,12 @@ from torch import Tensor
 from klquant.kernels.bricks import Weight, tile_product
 from klquant.kernels.linear.layout import Packed
 from klquant.kernels.linear.tiles import Tile
-from klquant.kernels.linear.triton import PTX, gated
+from klquant.kernels.linear.triton import gated
 from klquant.kernels.moe.grouping import group
 from klquant.kernels.moe.offload import Offload
 from klquant.kernels.moe.tiles import UNSORTED_TOKENS
 from klquant.kernels.norm.parts import WIDE_TOKENS, Parts
+from klquant.kernels.ptx import PTX
 
 
 class Stack(NamedTuple):

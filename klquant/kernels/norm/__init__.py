@@ -1,1 +1,1 @@
-"""RMSNorm of a residual stream."""
+"""RMSNorm of a residual stream with the sum before it, and KDA's gated norm of heads."""

@@ -77,6 +77,7 @@ def token_kernel(best, token, seen, slot, vocab, blocks, BLOCK: tl.constexpr):
 def draw(
     z_BV: Tensor, temperature_N: Tensor | None, seed_N: Tensor, slot_B: Tensor, position_B: Tensor
 ) -> Tensor:  # fmt: skip
+    """`klquant.kernels.sample.dispatch.draw`; rows of z may be strided."""
     rows, vocab = z_BV.shape
     blocks = triton.cdiv(vocab, DRAW_BLOCK)
     best = torch.empty(rows, blocks, dtype=torch.int64, device=z_BV.device)

@@ -4,19 +4,19 @@ Weights on a CUDA device take the kernels, weights on a CPU the plain functions,
 Importing this package imports neither Triton nor a kernel.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from torch import Tensor
+
+from klquant.core.packages import is_installed
 
 _forced_plain = False
 
 
 def serve(x: Tensor) -> bool:
     """Whether the kernels work on `x`: it lies on a CUDA device, Triton is there, and nobody asked for plain code."""
-    return x.is_cuda and not _forced_plain and _has_triton()
+    return x.is_cuda and not _forced_plain and is_installed("triton")
 
 
 @contextmanager
@@ -28,8 +28,3 @@ def plain() -> Iterator[None]:
         yield
     finally:
         _forced_plain = before
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -153,12 +153,12 @@ def descend(w_ENK: Tensor, h_EKK: Tensor, q: Quantized) -> Quantized:
     order = torch.arange(k, device=w_ENK.device).expand(w_ENK.shape[0], k)
     h_EKK = h_EKK.expand(w_ENK.shape[0], k, k)
     for part in batches(w_ENK.shape[0]):
-        old, zero = q.codes[part], None if q.zero is None else q.zero[part]
-        d = (w_ENK[part] - replace(q, codes=old, scale=q.scale[part], zero=zero).decode()).mT.contiguous()
-        new = old.mT.clone(memory_format=torch.contiguous_format)  # `contiguous` may return the codes themselves
+        old = q[part]
+        d = (w_ENK[part] - old.decode()).mT.contiguous()
+        new = old.codes.mT.clone(memory_format=torch.contiguous_format)  # `contiguous` may return the codes themselves
         change = torch.zeros(d.shape[0], d.shape[-1], device=d.device)
-        _run(d, h_EKK[part], order[part], q.scale[part], zero, q.spec, codes=new, change=change)
-        codes[part] = torch.where((change < 0).unsqueeze(-1), new.mT, old)
+        _run(d, h_EKK[part], order[part], old.scale, old.zero, q.spec, codes=new, change=change)
+        codes[part] = torch.where((change < 0).unsqueeze(-1), new.mT, old.codes)
     return replace(q, codes=codes)
 
 

@@ -147,8 +147,7 @@ def refit_scales(w_ENK: Tensor, h_EKK: Tensor, q: Quantized) -> Quantized:
     scale = torch.empty_like(q.scale)
     h_EKK = h_EKK.expand(w_ENK.shape[0], -1, -1)
     for part in batches(w_ENK.shape[0]):
-        old = replace(q, codes=q.codes[part], scale=q.scale[part], zero=None if q.zero is None else q.zero[part])
-        scale[part] = _refit(w_ENK[part], h_EKK[part], old)
+        scale[part] = _refit(w_ENK[part], h_EKK[part], q[part])
     return replace(q, scale=scale)
 
 
