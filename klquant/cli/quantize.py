@@ -68,8 +68,6 @@ def command(
         limits=Limits(gpu=max_gpu_memory, cpu=max_cpu_memory),
     )
     devices = pick_devices(options.device)
-    if len(set(devices)) < len(devices):  # the pipeline itself works on cpu,cpu as on two cards, for its tests
-        raise UserError(f"devices {options.device}: one comes twice; name each once")
     if max_gpu_memory is not None and devices[0].type == "cpu":
         raise UserError("--max-gpu-memory: this run computes on the CPU; leave it out, or name a card with --device")
     with Journal(out) as journal:

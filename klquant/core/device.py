@@ -39,12 +39,16 @@ def hardware(devices: Sequence[torch.device]) -> str:
 
 
 def pick_devices(names: str) -> list[torch.device]:
-    """One device or several of a kind, `cuda:0,cuda:1`. Raises UserError when one is not there or a card
-    comes twice."""
+    """One device or several of a kind, each once: `cuda:0,cuda:1`. Raises UserError when one is not there, comes
+    twice, or is of another kind than the rest."""
     devices = [pick_device(name.strip()) for name in names.split(",")]
+    if len(set(map(numbered, devices))) < len(devices):
+        raise UserError(f"devices {names}: one comes twice; name each once")
     if len({device.type for device in devices}) > 1:
-        raise UserError(f"devices {names}: of several kinds; a result depends on the kind of device")
-    cards = [device.index or 0 for device in devices if device.type == "cuda"]
-    if len(set(cards)) < len(cards):
-        raise UserError(f"devices {names}: a card comes twice")
+        raise UserError(f"devices {names}: of several kinds; name CUDA devices, or the CPU alone")
     return devices
+
+
+def numbered(device: torch.device) -> torch.device:
+    """`cuda` is the first card."""
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

@@ -16,7 +16,7 @@ import torch
 
 from klquant.checkpoint.config import KimiLinearConfig
 from klquant.checkpoint.names import expected_tensors
-from klquant.core.device import pick_device
+from klquant.core.device import numbered, pick_device, pick_devices
 from klquant.core.memory import CUDA_CONTEXT, free_memory, limit_memory
 from klquant.errors import UserError
 from klquant.recipe.memory import (
@@ -126,14 +126,11 @@ def find_devices(names: str, max_memory: Mapping[str, int] | None = None) -> dic
     (`Allowed`, then).
 
     Torch is held to what `max_memory` says of a CUDA device.
-    Raises UserError for a device that is not there, is named twice, or is too old.
+    Raises UserError as `pick_devices` does, and for a card that is too old.
     """
-    limits = {_numbered(pick_device(name)): Allowed(limit) for name, limit in (max_memory or {}).items()}
+    limits = {numbered(pick_device(name)): Allowed(limit) for name, limit in (max_memory or {}).items()}
     found: dict[torch.device, int] = {}
-    for name in names.split(","):
-        device = _numbered(pick_device(name.strip()))
-        if device in found:
-            raise UserError(f"device {name.strip()} is named twice in {names!r}")
+    for device in map(numbered, pick_devices(names)):
         if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
             raise UserError(
                 f"device {device}: {torch.cuda.get_device_name(device)} has compute capability "
@@ -142,8 +139,6 @@ def find_devices(names: str, max_memory: Mapping[str, int] | None = None) -> dic
         found[device] = min(free_memory(device), limits.get(device, 1 << 62))
         if device.type == "cuda" and device in limits:
             limit_memory(device, max(0, limits[device] - CUDA_CONTEXT))
-    if CPU in found and len(found) > 1:
-        raise UserError(f"devices {names!r}: layers run on CUDA devices or on the CPU, not on both")
     if idle := limits.keys() - found.keys() - {CPU}:
         raise UserError(f"memory is limited on {', '.join(map(str, idle))}, which is not among the devices {names!r}")
     return found
@@ -153,10 +148,6 @@ def host_room(max_memory: Mapping[str, int] | None = None) -> int:
     """Bytes of experts that may lie in the host's memory: a share of what is free, or what `max_memory` says of cpu."""
     asked = (max_memory or {}).get("cpu")
     return int(free_memory() * HOST_SHARE) if asked is None else min(asked, free_memory())
-
-
-def _numbered(device: torch.device) -> torch.device:
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 class Needs(TypedDict, total=False):

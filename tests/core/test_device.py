@@ -25,9 +25,10 @@ def test_devices_that_are_there_come_in_the_order_named(cards, names):
         ("meta", "unknown device 'meta'"),
         ("card", "unknown device 'card'"),
         ("cuda:0,", "unknown device ''"),
+        ("cpu,cpu", "devices cpu,cpu: one comes twice; name each once"),
         ("cpu,cuda:0", "devices cpu,cuda:0: of several kinds"),
-        ("cuda:1,cuda:1", "devices cuda:1,cuda:1: a card comes twice"),
-        ("cuda,cuda:0", "devices cuda,cuda:0: a card comes twice"),
+        ("cuda:1,cuda:1", "devices cuda:1,cuda:1: one comes twice; name each once"),
+        ("cuda,cuda:0", "devices cuda,cuda:0: one comes twice; name each once"),
     ],
 )
 def test_devices_that_cannot_be_used_are_refused_by_name(cards, names, match):

@@ -267,7 +267,7 @@ def test_devices_by_name(monkeypatch):
     assert held == {CARDS[0]: (1 << 30) - module.CUDA_CONTEXT}
     with pytest.raises(UserError, match=r"An Old Card has compute capability 7\.9"):
         find_devices("cuda:0,cuda:1")
-    with pytest.raises(UserError, match="not on both"):
+    with pytest.raises(UserError, match="of several kinds"):
         find_devices("cuda:0,cpu")
     with pytest.raises(UserError, match="memory is limited on cuda:1"):
         find_devices("cuda:0", {"cuda:1": 1})
