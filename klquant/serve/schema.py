@@ -1,5 +1,6 @@
 """Requests as OpenAI's API has them → prompts and sampling parameters."""
 
+import difflib
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -13,12 +14,32 @@ from klquant.errors import UserError
 MAX_CHOICES = 64
 # Each is looked for in each answer at each token.
 MAX_STOPS = 16
-# What would change an answer and is not built: field → the values that ask for nothing.
+# What would change an answer and is not built: field → the values that ask for nothing. Null does so for all.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},), "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,),
-    "best_of": (1,), "suffix": ("",), "echo": (False,), "modalities": (["text"],),
+    "best_of": (1,), "suffix": ("",), "echo": (False,), "modalities": (["text"],), "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    # vLLM's
+    "min_tokens": (0,), "stop_token_ids": ([],), "bad_words": ([],), "length_penalty": (1,),
+    "use_beam_search": (False,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "chat_template_kwargs": ({},), "return_token_ids": (False,), "return_tokens_as_token_ids": (False,),
 }  # fmt: skip
+# Who asks, how soon it is answered and what is kept of it. Fields that are in neither table are refused as well: any
+# may be meant to change the answer.
+HARMLESS = {
+    "user", "safety_identifier", "metadata", "store", "service_tier", "parallel_tool_calls", "prediction",
+    "prompt_cache_key", "prompt_cache_retention", "include_reasoning", "request_id", "priority", "cache_salt",
+}  # fmt: skip
+# The same of a message. Others, such as `name` and `refusal`, are passed over.
+NOT_SAID: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],), "function_call": (), "partial": (False,), "prefix": (False,),
+}  # fmt: skip
+
+
+def _asks_nothing(name: str, value: Any, neutral: dict[str, tuple[Any, ...]]) -> bool:
+    return value is None or value in neutral.get(name, ())
 
 
 class StreamOptions(BaseModel):
@@ -26,7 +47,7 @@ class StreamOptions(BaseModel):
 
 
 class Asked(BaseModel, ABC):
-    """What both kinds of request have. Fields that are not named here, such as `user`, change nothing."""
+    """What both kinds of request have. Raises UserError for a field that would change an answer and is not built."""
 
     model: str | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
@@ -46,9 +67,10 @@ class Asked(BaseModel, ABC):
     def _all_built(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        for name, nothing in NOT_BUILT.items():
-            if fields.get(name) is not None and fields[name] not in nothing:
-                raise UserError(f"{name} is not supported")
+        for name, value in fields.items():
+            if not _asks_nothing(name, value, NOT_BUILT) and name not in cls.model_fields.keys() | HARMLESS:
+                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.85)
+                raise UserError(f"{name:.60} is not supported" + (f"; did you mean {near[0]}?" if near else ""))
         # null asks for nothing, except that it asks for no limit.
         return {name: value for name, value in fields.items() if value is not None or name == "max_tokens"}
 
@@ -95,6 +117,14 @@ class Part(BaseModel):
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_built(cls, fields: Any) -> Any:
+        for name in NOT_SAID if isinstance(fields, dict) else ():
+            if not _asks_nothing(name, fields.get(name), NOT_SAID):
+                raise UserError(f"{name} in a message is not supported")
+        return fields
 
     @property
     def plain(self) -> dict[str, str]:

@@ -264,6 +264,49 @@ def test_bad_input_is_one_line(client, path, body, status, message):
     assert said["error"]["code"] == status and client.idle()
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {
+            "structured_outputs": {"json": {}}, "guided_regex": "a+", "json_schema": {}, "min_tokens": 3,
+            "continue_final_message": True, "chat_template_kwargs": {"thinking": True}, "prompt": "x",
+        }),
+        ("completions", {
+            "guided_json": {}, "stop_token_ids": [5], "min_tokens": 3, "messages": HELLO, "max_completion_tokens": 3,
+        }),
+    ],
+)  # fmt: skip
+def test_what_would_change_an_answer_is_refused(client, path, fields):
+    """Whether it is known or not."""
+    body = {"messages": HELLO} if "chat" in path else {"prompt": "x"}
+    for name, value in fields.items():
+        status, said = client.ask(f"/v1/{path}", body | {"max_tokens": 1, name: value})
+        assert (status, said["error"]["message"]) == (400, f"{name} is not supported")
+    status, said = client.ask(f"/v1/{path}", body | {"max_token": 1})
+    assert (status, said["error"]["message"]) == (400, "max_token is not supported; did you mean max_tokens?")
+
+
+def test_an_answer_that_called_a_tool_is_refused(client):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+    status, said = client.ask("/v1/chat/completions", {"messages": [*HELLO, call, *HELLO]})
+    assert (status, said["error"]["message"]) == (400, "tool_calls in a message is not supported")
+
+
+def test_what_clients_send_of_themselves_is_no_error(client):
+    """Clients of OpenAI's API, LangChain, LiteLLM, Open WebUI, vLLM's benchmark; an answer said again as it came."""
+    both = {"model": "tiny", "max_tokens": 1, "temperature": 0.7, "top_p": 1, "n": 1, "seed": None, "stop": None}
+    both |= {"logit_bias": None, "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+    both |= {"user": "me", "min_tokens": 0, "skip_special_tokens": True, "ignore_eos": False, "unheard_of": None}
+    text = {"prompt": "x", "logprobs": None, "best_of": 1, "echo": False, "suffix": None, "logit_bias": {}}
+    assert client.ask("/v1/completions", both | text)[0] == 200
+    again = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "annotations": []}
+    chat = {"messages": [*HELLO, again, *HELLO], "store": False, "metadata": {"a": "b"}, "service_tier": "auto"}
+    chat |= {"safety_identifier": "x", "prompt_cache_key": "y", "parallel_tool_calls": True, "tools": []}
+    chat |= {"tool_choice": "auto", "response_format": {"type": "text"}, "chat_template_kwargs": {}, "logprobs": False}
+    chat |= {"max_tokens": None, "max_completion_tokens": 1}
+    assert client.ask("/v1/chat/completions", both | chat)[0] == 200
+
+
 def test_what_asks_for_nothing_is_no_error(client):
     body = {"messages": HELLO, "max_tokens": 1, "tools": [], "presence_penalty": 0, "user": "me", "top_k": -1}
     body |= {"n": None, "stream": None, "stop": None, "stream_options": {"include_usage": None}, "logprobs": None}
