@@ -5,13 +5,13 @@ import json
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import resources
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from klquant.engine.engine import Engine, Prompt
@@ -40,7 +40,44 @@ class AnswerError(Exception):
 def make_app(engine: Engine, worker: Worker, name: str, api_key: str | None = None) -> FastAPI:
     """The application. `name`: what the model is called in requests; `api_key`: what they must carry, if anything."""
     app = FastAPI(title="klquant", docs_url=None, redoc_url=None, openapi_url=None)
-    born, encoding = int(time.time()), asyncio.Lock()  # a tokenizer serves one thread at a time
+    _install_errors(app)
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(_carries(api_key))])
+    desk = _Desk(engine, worker, name)
+    page = (resources.files("klquant.serve") / "page.html").read_text(encoding="utf-8")
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "klquant"}
+    card["max_model_len"] = engine.limits.max_context
+
+    @app.get("/", response_class=HTMLResponse)
+    async def chat_page() -> HTMLResponse:
+        """A chat, which needs no key; what it asks of /v1 does."""
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer"})
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok"}) if worker.alive else _error("the engine has stopped", 503)
+
+    @v1.get("/models")
+    async def models() -> dict:
+        return {"object": "list", "data": [card]}
+
+    @v1.get("/models/{wanted:path}")
+    async def model(wanted: str):
+        return card if wanted == name else _no_model(wanted, name)
+
+    @v1.post("/chat/completions")
+    async def chat(asked: ChatAsked, request: Request):
+        return await desk.answer("chat", asked, request)
+
+    @v1.post("/completions")
+    async def text(asked: TextAsked, request: Request):
+        return await desk.answer("text", asked, request)
+
+    app.include_router(v1)
+    return app
+
+
+def _carries(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
+    """A check that a request carries the key."""
 
     async def allowed(request: Request) -> None:
         scheme, _, said = request.headers.get("authorization", "").partition(" ")
@@ -48,26 +85,19 @@ def make_app(engine: Engine, worker: Worker, name: str, api_key: str | None = No
         if not known or (api_key is not None and scheme.lower() != "bearer"):
             raise HTTPException(401, "the API key is missing or wrong")
 
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(allowed)])
+    return allowed
+
+
+def _install_errors(app: FastAPI) -> None:
+    """Whatever is raised becomes an error as OpenAI's API has them."""
 
     @app.exception_handler(UserError)
     async def bad_input(_: Request, error: UserError) -> JSONResponse:
         return _error(str(error).replace("max_new_tokens", "max_tokens"), 400)
 
-    @app.exception_handler(Exception)
-    async def a_bug(_: Request, error: Exception) -> JSONResponse:
-        return _error(f"{type(error).__name__}: {error}", 500)
-
     @app.exception_handler(RequestValidationError)
     async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Of a value that may be of several kinds there is an error for each: the deepest is the nearest to right.
-        nearest = max(error.errors(), key=lambda one: len(one["loc"]))
-        if nearest["type"] == "json_invalid":
-            return _error(f"the body is no JSON: {nearest['ctx']['error']}", 400)
-        if nearest["type"] == "model_attributes_type":
-            return _error("the body is no JSON object, or not said to be one: Content-Type: application/json", 400)
-        where = ".".join(str(part) for part in nearest["loc"] if part != "body")
-        return _error(f"{where}: {nearest['msg']}" if where else nearest["msg"], 400)
+        return _error(_wrong_with(error), 400)
 
     @app.exception_handler(HTTPException)
     async def no_such_page(_: Request, error: HTTPException) -> JSONResponse:
@@ -81,47 +111,40 @@ def make_app(engine: Engine, worker: Worker, name: str, api_key: str | None = No
     async def gone(_: Request, error: WorkerStopped) -> JSONResponse:
         return _error(str(error), 503)
 
-    page = (resources.files("klquant.serve") / "page.html").read_text(encoding="utf-8")
+    @app.exception_handler(Exception)
+    async def a_bug(_: Request, error: Exception) -> JSONResponse:
+        return _error(f"{type(error).__name__}: {error}", 500)
 
-    @app.get("/", response_class=HTMLResponse)
-    async def chat_page() -> HTMLResponse:
-        """A chat, which needs no key; what it asks of /v1 does."""
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer"})
 
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok"}) if worker.alive else _error("the engine has stopped", 503)
+def _wrong_with(error: RequestValidationError) -> str:
+    """What is wrong with a body, in one line."""
+    # Of a value that may be of several kinds there is an error for each: the deepest is the nearest to right.
+    nearest = max(error.errors(), key=lambda one: len(one["loc"]))
+    if nearest["type"] == "json_invalid":
+        return f"the body is no JSON: {nearest['ctx']['error']}"
+    if nearest["type"] == "model_attributes_type":
+        return "the body is no JSON object, or not said to be one: Content-Type: application/json"
+    where = ".".join(str(part) for part in nearest["loc"] if part != "body")
+    return f"{where}: {nearest['msg']}" if where else nearest["msg"]
 
-    card = {"id": name, "object": "model", "created": born, "owned_by": "klquant"}
-    card["max_model_len"] = engine.limits.max_context
 
-    @v1.get("/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [card]}
+class _Desk:
+    """Takes requests, has the worker answer them and hands the answers out. `name`: what they call the model."""
 
-    @v1.get("/models/{wanted:path}")
-    async def model(wanted: str):
-        return card if wanted == name else _error(f"there is no model {wanted!r} here, only {name!r}", 404)
+    def __init__(self, engine: Engine, worker: Worker, name: str) -> None:
+        self.engine, self.worker, self.name = engine, worker, name
+        self.encoding = asyncio.Lock()  # a tokenizer serves one thread at a time
 
-    @v1.post("/chat/completions")
-    async def chat(asked: ChatAsked, request: Request):
-        return await answer("chat", asked, request)
-
-    @v1.post("/completions")
-    async def text(asked: TextAsked, request: Request):
-        return await answer("text", asked, request)
-
-    async def answer(kind: Kind, asked: Asked, request: Request):
-        if asked.model not in (None, name):
-            return _error(f"there is no model {asked.model!r} here, only {name!r}", 404)
-        params, asked_for = asked.params(engine.defaults, room=engine.limits.max_context), asked.prompts()
-        if len(asked_for) * len(params) > MAX_ANSWERS:
-            raise UserError(f"{len(asked_for) * len(params):,} answers are asked for at once, {MAX_ANSWERS:,} at most")
-        async with encoding:
-            prompts = [await run_in_threadpool(encode, prompt) for prompt in asked_for]
-        work = worker.submit([(ids, one) for ids in prompts for one in params])
+    async def answer(self, kind: Kind, asked: Asked, request: Request) -> Response:
+        """The whole answer or its stream. Raises UserError for what can never be answered, AnswerError and
+        WorkerStopped for what was not."""
+        if asked.model not in (None, self.name):
+            return _no_model(asked.model, self.name)
+        params = asked.params(self.engine.defaults, room=self.engine.limits.max_context)
+        prompts = await self._encode_all(asked.prompts(), len(params))
+        work = self.worker.submit([(ids, one) for ids in prompts for one in params])
         await work.begin()
-        reply = Reply(kind, name, sum(map(len, prompts)), engine.tokenizer.decode)
+        reply = Reply(kind, self.name, sum(map(len, prompts)), self.engine.tokenizer.decode)
         if asked.stream:
             events = _stream(work, reply, asked.wants_usage)
             await anext(events)  # one that has begun is closed when nobody reads it, and drops its work
@@ -131,17 +154,24 @@ def make_app(engine: Engine, worker: Worker, name: str, api_key: str | None = No
         finally:
             work.drop()
 
-    def encode(prompt: Prompt) -> list[int]:
-        most = LONGEST_TOKEN * engine.limits.max_context
+    async def _encode_all(self, prompts: Sequence[Prompt], times: int) -> list[list[int]]:
+        """Token ids of prompts that are answered `times` times each."""
+        if (answers := len(prompts) * times) > MAX_ANSWERS:
+            raise UserError(f"{answers:,} answers are asked for at once, {MAX_ANSWERS:,} at most")
+        async with self.encoding:
+            return [await run_in_threadpool(self._encode, prompt) for prompt in prompts]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        context = self.engine.limits.max_context
         texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if isinstance(m, dict)]
         length = sum(map(len, texts))
-        if length > most:  # seconds of work that nothing else could be done in
-            raise UserError(f"the prompt has {length:,} characters, which no context of "
-                            f"{engine.limits.max_context:,} tokens holds")  # fmt: skip
-        return engine.encode(prompt)
+        if length > LONGEST_TOKEN * context:  # seconds of work that nothing else could be done in
+            raise UserError(f"the prompt has {length:,} characters, which no context of {context:,} tokens holds")
+        return self.engine.encode(prompt)
 
-    app.include_router(v1)
-    return app
+
+def _no_model(wanted: str, name: str) -> JSONResponse:
+    return _error(f"there is no model {wanted!r} here, only {name!r}", 404)
 
 
 def _error(message: str, status: int) -> JSONResponse:
