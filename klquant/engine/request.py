@@ -55,11 +55,13 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 0.000001 to 1,000,000"),
             ("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of texts that are not empty"),
+            ("stop", not isinstance(self.stop, str), "a list of texts"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
         ):
             if not ok:
                 raise UserError(f"{name} is {getattr(self, name)!r}, expected {want}")
+        if not all(self.stop):
+            raise UserError("stop has an empty text, which would end any answer at once; leave it out")
 
     @property
     def greedy(self) -> bool:

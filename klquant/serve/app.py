@@ -18,7 +18,7 @@ from klquant.engine.engine import Engine, Prompt
 from klquant.engine.request import Delta
 from klquant.errors import UserError
 from klquant.serve.replies import Kind, Reply, error_body
-from klquant.serve.schema import Asked, ChatAsked, TextAsked
+from klquant.serve.schema import FIELDS, Asked, ChatAsked, TextAsked
 from klquant.serve.worker import Request as Work
 from klquant.serve.worker import Worker, WorkerStopped
 
@@ -118,14 +118,17 @@ def _install_errors(app: FastAPI) -> None:
 
 def _wrong_with(error: RequestValidationError) -> str:
     """What is wrong with a body, in one line."""
-    # Of a value that may be of several kinds there is an error for each: the deepest is the nearest to right.
-    nearest = max(error.errors(), key=lambda one: len(one["loc"]))
+    # Of a value that may be of several kinds there is an error for each: the deepest is the nearest to right, and of
+    # equals the one whose kind is right.
+    nearest = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     if nearest["type"] == "json_invalid":
         return f"the body is no JSON: {nearest['ctx']['error']}"
     if nearest["type"] == "model_attributes_type":
         return "the body is no JSON object, or not said to be one: Content-Type: application/json"
-    where = ".".join(str(part) for part in nearest["loc"] if part != "body")
-    return f"{where}: {nearest['msg']}" if where else nearest["msg"]
+    if nearest["loc"] == ("body",) and nearest["type"] == "missing":
+        return "the body is empty; a JSON object is expected"
+    where = ".".join(str(part) for part in nearest["loc"] if isinstance(part, int) or part in FIELDS)
+    return f"{where}: {nearest['msg'].removeprefix('Value error, ')}"
 
 
 class _Desk:

@@ -174,3 +174,7 @@ class TextAsked(Asked):
     def prompts(self) -> list[Prompt]:
         single = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         return [self.prompt] if single or not self.prompt else list(self.prompt)
+
+
+# Of the path to a wrong value: pydantic puts names of types between them.
+FIELDS = frozenset(name for kind in (ChatAsked, TextAsked, Message, Part, StreamOptions) for name in kind.model_fields)
