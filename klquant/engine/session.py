@@ -34,18 +34,21 @@ class Session:
         """Answer a prompt of token ids, given whole. Where it begins with what the state has seen, and goes on, only
         the rest is computed; otherwise the session starts over. An answer that is still running is cancelled.
 
-        Raises UserError as `Engine.submit` does.
+        Raises UserError as `Engine.submit` does; the session then is as it was.
         """
         if self._job:
             self._engine.cancel(self._job)
-        if list(ids[: self.computed]) != self.tokens[: self.computed] or len(ids) <= self.computed:
-            self.reset()
-        self._job = self._engine.submit(ids, params, self._scheduled)
+        goes_on = len(ids) > self.computed and list(ids[: self.computed]) == self.tokens[: self.computed]
+        scheduled = self._scheduled if goes_on else Scheduled(0, 0, keep=True)
+        self._job = self._engine.submit(ids, params, scheduled)
+        if not goes_on:
+            self._engine.release(self._scheduled)
+            self._scheduled = scheduled
         return self._engine.follow(self._job)
 
     def answer(self) -> Answer:
-        """The last answer, once it has finished. There is none before the first question, nor after one that was
-        refused."""
+        """The last answer, once it has finished; a prompt that was refused leaves the one before. There is none before
+        the first."""
         assert self._job, "there is no answer"
         return self._job.answer()
 

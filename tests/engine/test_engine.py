@@ -198,6 +198,22 @@ def test_a_second_turn_is_one_prompt_of_everything(loaded, ahead):
     assert engine.loop.scheduler.pages.free == LIMITS.pages and engine.loop.scheduler.slots.free == LIMITS.max_batch
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_refused_prompt_leaves_a_session_as_it_was(loaded, goes_on):
+    engine = make(loaded)
+    with Session(engine) as session:
+        list(session.stream(random_ids(40), DRAWN))
+        before = session.answer(), session.tokens, session.computed
+        start = session.tokens if goes_on else random_ids(40, 8)
+        with pytest.raises(UserError, match="fills the context"):
+            session.stream([*start, *random_ids(256)], DRAWN)
+        assert (session.answer(), session.tokens, session.computed) == before
+        ids = [*session.tokens, *random_ids(9)]
+        list(session.stream(ids, DRAWN))
+        assert session.answer().tokens == make(loaded).generate([ids], DRAWN)[0].tokens
+    assert all_free(engine)
+
+
 def test_a_turn_computes_only_what_is_new(loaded, monkeypatch):
     engine = make(loaded, chunk=1000)
     seen = []
