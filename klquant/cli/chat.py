@@ -4,12 +4,18 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from klquant.cli.engine import engine_options, given_sampling, named_as_options, note, open_engine, sampling
 from klquant.cli.spell import unicode_text
+from klquant.engine.request import SamplingParams
 from klquant.errors import UserError
+
+if TYPE_CHECKING:
+    from klquant.engine.engine import Engine
+    from klquant.engine.session import Chat
 
 HELP = "/reset forgets the conversation, /stats shows speed and memory, Ctrl-C stops an answer, Ctrl-D leaves"
 
@@ -24,7 +30,7 @@ def command(
     """Talk with MODEL, a checkpoint folder or a hub id, quantized or not.
 
     Each turn computes only what is new. /reset forgets the conversation, /stats shows speed and memory, Ctrl-C stops an
-    answer, Ctrl-D leaves.
+    answer, Ctrl-D leaves. Lines from a pipe are taken one by one; exit code 2 says that one could not be.
     """
     from klquant.engine.session import Chat
 
@@ -35,20 +41,35 @@ def command(
             note("the model has no chat template: turns are paragraphs of `role: text`")
         if sys.stdin.isatty():
             note(HELP)
-        chat = Chat(engine)
+        chat, failed = Chat(engine), False
         for text in _lines():
-            if text == "/reset":
-                chat.reset()
-            elif text == "/stats":
-                click.echo("\n".join(stats(chat, engine)))
-            elif text.startswith("/"):
-                note(f"unknown command {text.split()[0]}; {HELP}")
-            else:
-                try:
-                    with named_as_options():
-                        _answer(chat, unicode_text(text, "what you said"), chosen)
-                except UserError as error:  # the conversation fills the context, say: it can go on after a /reset
-                    note(f"error: {error}")
+            failed |= not _take(chat, engine, text, chosen)
+    if failed and not sys.stdin.isatty():  # each failure was said; a script is told at the end
+        sys.exit(2)
+
+
+def _take(chat: "Chat", engine: "Engine", text: str, params: SamplingParams) -> bool:
+    """Do as a line says. False, and a note why, when it could not be done: the conversation goes on all the same."""
+    from klquant.engine.session import ConversationFull
+
+    if text == "/reset":
+        chat.reset()
+    elif text == "/stats":
+        click.echo("\n".join(stats(chat, engine)))
+    elif text.startswith("/"):
+        note(f"unknown command {text.split()[0]}; {HELP}")
+        return False
+    else:
+        try:
+            with named_as_options():
+                _answer(chat, unicode_text(text, "what you said"), params)
+        except ConversationFull as error:
+            note(f"error: {error}; /reset starts a new one")
+            return False
+        except UserError as error:
+            note(f"error: {error}")
+            return False
+    return True
 
 
 def _lines() -> Iterator[str]:
@@ -69,7 +90,7 @@ def _lines() -> Iterator[str]:
             yield text
 
 
-def _answer(chat, text: str, params) -> None:
+def _answer(chat: "Chat", text: str, params: SamplingParams) -> None:
     with _interrupt(chat.session.stop):
         for delta in chat.ask(text, params):
             click.echo(delta.text, nl=False)
@@ -97,7 +118,7 @@ def _interrupt(stop) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def stats(chat, engine) -> Iterator[str]:
+def stats(chat: "Chat", engine: "Engine") -> Iterator[str]:
     """Lines on the conversation, the last answer and the memory."""
     from klquant.engine.usage import count_offloaded
 

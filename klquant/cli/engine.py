@@ -124,7 +124,7 @@ def named_as_options() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(_PARAMETER.sub(lambda match: f"--{_option(match[0])}", str(error))) from None
+        raise type(error)(_PARAMETER.sub(lambda match: f"--{_option(match[0])}", str(error))) from None
 
 
 def _option(parameter: str) -> str:

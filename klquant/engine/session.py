@@ -7,6 +7,7 @@ from klquant.engine.engine import Engine
 from klquant.engine.job import Job
 from klquant.engine.request import Answer, Delta, SamplingParams
 from klquant.engine.scheduler import Sequence as Scheduled
+from klquant.errors import UserError
 
 
 class Session:
@@ -71,6 +72,10 @@ class Session:
         self.reset()
 
 
+class ConversationFull(UserError):
+    """What was said does not fit behind the conversation so far."""
+
+
 class Chat:
     """A conversation through the model's chat template, on a session. `messages` are what was said so far."""
 
@@ -85,12 +90,14 @@ class Chat:
         running ends here.
 
         Where the template writes the conversation so far as it was, only what is new is computed. Raises UserError
-        when the conversation fills the context, and forgets `text`.
+        when there is no room for an answer, ConversationFull where it is not for `text` alone, and forgets `text`.
         """
         self._end()
         messages = [*self.messages, {"role": "user", "content": text}]
         whole = self._engine.tokenizer.render_chat(messages, generation_prompt=True)
-        deltas = self.session.stream(self._ids(messages, whole), params)
+        ids = self._ids(messages, whole)
+        self._require_room(len(ids))
+        deltas = self.session.stream(ids, params)
         self.messages = messages
         self._answering = self._listen(whole, deltas)
         next(self._answering)  # closing a generator that has not begun would not end the turn
@@ -105,6 +112,14 @@ class Chat:
     def _end(self) -> None:
         if self._answering:
             self._answering.close()
+
+    def _require_room(self, needed: int) -> None:
+        context, has = self._engine.limits.max_context, len(self.session.tokens)
+        if not self.messages or needed < context:
+            return
+        if has >= context:
+            raise ConversationFull(f"the conversation fills the context of {context:,} tokens")
+        raise ConversationFull(f"the conversation has {has:,} of the context's {context:,} tokens: no room for this")
 
     def _listen(self, whole: str, deltas: Iterator[Delta]) -> Iterator[Delta | None]:
         try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def test_text_is_utf_8_whatever_the_locale():
 
 def test_chat_goes_on_after_what_is_no_text():
     done = run("chat", DEMO, "--devices", "cpu", "--max-new-tokens", 2, stdin=b"\xff\nhello\n")
-    assert done.exit_code == 0 and "not UTF-8 text" in done.stderr and "cut off by --max-new-tokens" in done.stderr
+    assert done.exit_code == 2 and "not UTF-8 text" in done.stderr and "cut off by --max-new-tokens" in done.stderr
 
 
 def test_keys_of_a_file_keep_their_names(tmp_path):
@@ -128,18 +129,36 @@ def test_chat_says_that_logits_are_no_numbers(overflowing):
 
 
 def test_chat_goes_on_and_forgets():
-    turns = "hello\n/stats\nand more\n/what\n/reset\n/stats\n"
+    turns = "hello\n/stats\nand more\n/reset\n/stats\n"
     done = run("chat", DEMO, "--devices", "cpu", "--max-new-tokens", 8, stdin=turns)
     assert done.exit_code == 0
     contexts = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("context:")]
     assert len(contexts) == 2 and contexts[0] > 8 and contexts[1] == 0
-    assert "unknown command /what" in done.stderr and "cut off by --max-new-tokens" in done.stderr
+    assert "cut off by --max-new-tokens" in done.stderr
 
 
-def test_chat_survives_a_turn_that_does_not_fit():
-    done = run("chat", DEMO, "--devices", "cpu", "--max-context", 40, "--max-new-tokens", 4, stdin=f"{'x ' * 60}\nhi\n")
-    assert done.exit_code == 0 and "fills the context of 40" in done.stderr
-    assert len(done.stdout.splitlines()) >= 1
+@pytest.mark.parametrize(
+    ("turns", "errors"),
+    [
+        (f"{'x ' * 60}\nhi\n", ["shorten it, or raise --max-context (the model's limit is 4,096)"]),
+        ("hi\nmore\nmore\n/reset\nhi", ["conversation fills the context of 40 tokens; /reset starts a new one"] * 2),
+        ("/what\nhi", ["unknown command /what; "]),
+    ],
+)  # fmt: skip
+def test_chat_survives_a_line_that_cannot_be_taken(turns, errors):
+    """Piped in, it ends with exit code 2."""
+    done = run("chat", DEMO, "--devices", "cpu", "--max-context", 40, stdin=turns)
+    said = [line for line in done.stderr.splitlines() if "error: " in line or "unknown" in line]
+    assert done.exit_code == 2 and len(said) == len(errors)
+    assert all(want in line for want, line in zip(errors, said, strict=True))
+    assert len(done.stdout.strip()) > 1
+
+
+def test_chat_counts_what_a_long_line_had_room_for():
+    turns = f"hi\n{'x ' * 60}\nhi\n"
+    done = run("chat", DEMO, "--devices", "cpu", "--max-context", 60, "--max-new-tokens", 4, stdin=turns)
+    has = re.search(r"has (\d+) of the context's 60 tokens: no room for this; /reset starts", done.stderr)
+    assert done.exit_code == 2 and 4 < int(has[1]) < 40 and done.stderr.count("error: ") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
