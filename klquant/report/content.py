@@ -1,5 +1,6 @@
 """All that a report says, whatever form it is given."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from klquant.core.units import decimal
@@ -35,6 +36,7 @@ class Content:
     choice: Table
     summary: Table
     notes: list[str]
+    domains: str
     close: list[str]
     quality: list[Table]
     tasks: list[Table]
@@ -54,6 +56,7 @@ def content(c: Comparison) -> Content:
         choice=choice_table(c),
         summary=summary_table(c),
         notes=_notes(c),
+        domains=_domain_plots(c, [None, *domains]),
         close=closeness(c),
         quality=[quality_table(c, domain) for domain in (None, *domains)],
         tasks=task_tables(c),
@@ -90,6 +93,17 @@ def _floor(c: Comparison) -> str:
     if c.floor is None:
         return start + "No noise floor was measured (klquant eval --floor), so small differences may be arithmetic."
     return start + (f"The noise floor is {c.floor.what}: a difference inside it says nothing about a quantization.")
+
+
+def _domain_plots(c: Comparison, domains: Sequence[str | None]) -> str:
+    """What the plots of these domains show (None: all text)."""
+    variants = [v.result.overall if d is None else v.result.domains[d] for d in domains for v in c.variants]
+    floors = [q for d in domains if (q := c.floor_quality(d)) is not None and q.kld.mean > 0]
+    start = "Mean KLD and its 95 % range." if any(q.kld.low is not None for q in variants) else "Mean KLD."
+    if not floors:
+        return start
+    band = ", the band its range" if any(q.kld.low is not None for q in floors) else ""
+    return f"{start} The dashed line is the noise floor{band}."
 
 
 def _notes(c: Comparison) -> list[str]:

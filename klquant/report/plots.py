@@ -14,7 +14,7 @@ from klquant.report.svg import FLOOR, INK, RULE, Canvas, draw
 
 
 def by_domain(c: Comparison) -> list[Plot]:
-    """Mean KLD with its range: all text, then each domain, on one scale."""
+    """Mean KLD with its range, where it has one: all text, then each domain, on one scale."""
     domains = [None, *c.first.domains] if len(c.first.domains) > 1 else [None]
     shown = [q for d in domains for q in (*_qualities(c, d), c.floor_quality(d)) if q is not None]
     means = [positive(q.kld.mean, c) for q in shown] + [q.kld.low for q in shown if (q.kld.low or 0) > 0]
@@ -41,7 +41,8 @@ def _dots(c: Comparison, number: int, domain: str | None, limits: tuple[float, f
         log_ticks(axes.xaxis)
 
     name = domain or "All text"
-    alt = f"Mean KLD and 95 % range of each variant, {name}"
+    ranges = any(q.kld.low is not None for q in _qualities(c, domain))
+    alt = f"Mean KLD{' and 95 % range' if ranges else ''} of each variant, {name}"
     return Plot(name, "", draw(f"domain{number}", alt, NARROW, 62 + 24 * len(c.variants), paint))
 
 

@@ -57,8 +57,7 @@ def summary_table(c: Comparison) -> Table:
         kld, top1 = Cell(f"{q.kld.mean:.{places}f}", half_range(q.kld, places)), half_range(q.top1, 1, 100)
         cells = (Cell(""), kld, Cell("1"), Cell(share(q.top1.mean, 1), top1), _change(q.perplexity_ratio), Cell(""))
         rows.append(Row(Cell("noise floor"), cells, "floor"))
-    note = f"± is half the 95 % range, by bootstrap over windows. {_perplexity_note(c)}"
-    return Table("What it saves, what it costs", tuple(columns), tuple(rows), note, corner="variant")
+    return Table("What it saves, what it costs", tuple(columns), tuple(rows), _summary_note(rows), corner="variant")
 
 
 def quality_table(c: Comparison, domain: str | None) -> Table:
@@ -79,7 +78,8 @@ def quality_table(c: Comparison, domain: str | None) -> Table:
     if floor is not None:
         rows.append(Row(Cell("noise floor"), (*_quality(floor, places), Cell("1")), "floor"))
     q = c.first.overall if domain is None else c.first.domains[domain]
-    note = f"{q.positions:,} positions compared, {q.targets:,} next tokens scored, in {q.windows} windows."
+    windows = f"{q.windows} window{'s' * (q.windows != 1)}"
+    note = f"{q.positions:,} positions compared, {q.targets:,} next tokens scored, in {windows}."
     if c.reference.store != "full" and (error := max(v.kld.store_error for v in c.variants)) > 0:
         note += (
             f" The reference is kept as top tokens and samples: a mean KLD is off by at most {error:.1g} for it (95 %)."
@@ -190,9 +190,12 @@ def _change(ratio: Interval) -> Cell:
     return Cell("≈ " * unclear + change(ratio.mean), quiet=unclear)
 
 
-def _perplexity_note(c: Comparison) -> str:
-    unclear = any(v.result.overall.perplexity_ratio.low is not None for v in c.variants)
-    return "≈: a change of perplexity whose range includes zero." if unclear else ""
+def _summary_note(rows: Sequence[Row]) -> str:
+    """What the signs mean that are there."""
+    cells = [cell for row in rows for cell in row.cells]
+    ranges = "± is half the 95 % range, by bootstrap over windows." if any("±" in c.detail for c in cells) else ""
+    unclear = "≈: a change of perplexity whose range includes zero." if any("≈" in c.text for c in cells) else ""
+    return f"{ranges} {unclear}".strip()
 
 
 def share(share: float, places: int) -> str:

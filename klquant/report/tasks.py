@@ -59,12 +59,20 @@ def _overview(c: Comparison, found: Sequence[Asked]) -> Table:
         chance = Cell("" if a.any.chance is None else _number(a, a.any.chance), quiet=True)
         reference = [_value(a, a.reference)] if compared else []
         rows.append(Row(Cell(a.any.task, a.any.metric), (*reference, *(_score(a, s) for s in a.scores), chance)))
-    note = (
-        "Below a variant's score: its change from the reference on the same items, ± one standard error of it. "
-        f"≈: no more than {SURE} standard errors, a change that another choice of items may not show. Where all items "
-        "agree the error is 0: what happens to fewer than 3 in n items is then still not excluded (95 %)."
-    )
-    return Table("Scores", columns, tuple(rows), note, corner="task")
+    return Table("Scores", columns, tuple(rows), _overview_note(found, rows), corner="task")
+
+
+def _overview_note(found: Sequence[Asked], rows: Sequence[Row]) -> str:
+    """What the signs mean that are there."""
+    details = [cell.detail for row in rows for cell in row.cells]
+    if not any(s is not None and s.difference is not None for a in found for s in a.scores):
+        return "± one standard error." if any("±" in detail for detail in details) else ""
+    notes = ["Below a variant's score: its change from the reference on the same items, ± one standard error of it."]
+    if any("≈" in detail for detail in details):
+        notes.append(f"≈: no more than {SURE} standard errors, a change that another choice of items may not show.")
+    notes.append("Where all items agree the error is 0: what happens to fewer than 3 in n items is then still not "
+                 "excluded (95 %).")  # fmt: skip
+    return " ".join(notes)
 
 
 def _settings(found: Sequence[Asked]) -> Table:
@@ -86,8 +94,9 @@ def _parts_table(c: Comparison, a: Asked) -> Table:
         values = [*([a.reference] if a.reference is not None else []), *a.scores]
         cells = [_value(a, None if value is None else value.parts[i]) for value in values]
         rows.append(Row(Cell(part.name), (Cell(f"{part.items:,}"), *cells)))
-    chance = "" if a.any.chance is None else f" By chance: {_number(a, a.any.chance)}."
-    return Table(f"{a.name} by part", tuple(columns), tuple(rows), f"± one standard error.{chance}", corner="part")
+    error = "± one standard error." if any("±" in cell.detail for row in rows for cell in row.cells) else ""
+    chance = "" if a.any.chance is None else f"By chance: {_number(a, a.any.chance)}."
+    return Table(f"{a.name} by part", tuple(columns), tuple(rows), f"{error} {chance}".strip(), corner="part")
 
 
 def _score(a: Asked, score: TaskScore | None) -> Cell:

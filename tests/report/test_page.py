@@ -50,7 +50,7 @@ def compare(*results) -> Comparison:
 
 def few(*args, **named) -> Result:
     """A result that is quick to draw."""
-    return result(*args, domains=DOMAINS[:2], **named)
+    return result(*args, **{"domains": DOMAINS[:2], **named})
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,16 @@ def test_unusual_results_make_a_page_too(results):
     Page(html(c))
     as_markdown(c)
     json.dumps(as_json(c), allow_nan=False)
+
+
+def test_legends_explain_what_is_there_and_nothing_else():
+    """Of one window there is no range."""
+    with_ranges, without = html(compare(few())), html(compare(few(windows=1, domains=DOMAINS[:1])))
+    assert "± is half the 95 % range" in with_ranges and "Mean KLD and 95 % range of each" in with_ranges
+    assert "Mean KLD and its 95 % range. The dashed line is the noise floor, the band its range." in with_ranges
+    assert "Mean KLD. The dashed line is the noise floor.<" in without and "Mean KLD of each variant" in without
+    assert not any(sign in without for sign in ("±", "≈: a change", "Mean KLD and")) and "in 1 window." in without
+    assert ">Mean KLD and its 95 % range.<" in html(compare(few(floor=False)))
 
 
 def test_what_a_result_lacks_is_said():

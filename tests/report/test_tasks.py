@@ -58,6 +58,12 @@ def test_what_is_no_share_is_no_percentage():
     table = task_tables(compare(few(tasks=[score.model_copy(update=changes)])))[0]
     cell = table.rows[0].cells[1]
     assert (cell.text, cell.detail, cell.quiet) == ("7.250", "+0.250", False)
+    assert "≈" not in table.note
+
+
+def test_without_a_difference_the_legend_has_none():
+    alone = [score.model_copy(update={"reference": None, "difference": None}) for score in tasks(1)]
+    assert task_tables(compare(few(tasks=alone)))[0].note == "± one standard error."
 
 
 def test_a_variant_that_was_not_asked_is_called_that():
