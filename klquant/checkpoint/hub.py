@@ -1,5 +1,6 @@
 """Models by hub id, through `huggingface_hub`: their files, or only what a plan needs of them. Never remote code."""
 
+import errno
 import re
 from pathlib import Path
 
@@ -15,8 +16,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether `model` reads as owner/name and nothing of that name is here."""
-    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+    """Whether `model` reads as owner/name, a slash behind it or not, and nothing of that name is here."""
+    return _HUB_ID.fullmatch(_bare(model)) is not None and not Path(model).exists()
+
+
+def _bare(model: str) -> str:
+    """A hub id as the hub writes it: completion by a shell leaves a slash."""
+    return model.removesuffix("/")
 
 
 def resolve_model(model: str, weights: bool) -> Path:
@@ -29,6 +35,7 @@ def resolve_model(model: str, weights: bool) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
+    model = _bare(model)
     patterns = [*METADATA, *(WEIGHTS if weights else ())]
     offline = not _reachable(model)
     return Path(_ask(model, lambda: snapshot_download(model, allow_patterns=patterns, local_files_only=offline)))
@@ -45,6 +52,7 @@ def read_hub_index(model: str) -> tuple[KimiLinearConfig, dict[str, tuple[str, t
     """Config and name → (dtype, shape) of a hub repository, from its config.json and its shards' headers alone."""
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
+    model = _bare(model)
     if not _reachable(model):
         return read_tensor_index(resolve_model(model, weights=True))
     raw = read_json(Path(_ask(model, lambda: hf_hub_download(model, "config.json"))))
@@ -89,4 +97,17 @@ def _ask(model: str, request):
     except errors.EntryNotFoundError as e:
         raise UserError(f"{model}: has no config.json; not a Kimi-Linear checkpoint") from e
     except (errors.HTTPError, OSError) as e:
-        raise UserError(f"{model}: download failed ({type(e).__name__}); try again, it continues where it was") from e
+        raise UserError(f"{model}: {_failed(e)}") from e
+
+
+def _failed(error: Exception) -> str:
+    """Why a download ended, and what to do: the fault may be the disk's."""
+    from huggingface_hub import constants
+
+    cache, why = constants.HF_HUB_CACHE, getattr(error, "strerror", None)
+    match getattr(error, "errno", None):
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"no space left in {cache} ({why}); free disk space, or set HF_HOME to a folder that has room"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"cannot write {error.filename or cache} ({why}); mend that, or set HF_HOME to a folder of yours"
+    return f"download failed ({type(error).__name__}{f': {why}' if why else ''}); try again, it continues where it was"

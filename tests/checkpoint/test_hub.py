@@ -1,11 +1,14 @@
 """Hub access with a fake `huggingface_hub`: no test touches the network."""
 
+import errno
+import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from klquant.checkpoint.hub import is_hub_id, model_name, read_hub_index, resolve_model
 from klquant.checkpoint.index import read_tensor_index
@@ -61,7 +64,16 @@ def test_hub_ids_are_told_from_folders(tmp_path, monkeypatch):
     assert is_hub_id("moonshotai/Kimi-Linear-48B-A3B-Base")
     assert not any(map(is_hub_id, ("name", "./a/b", "/a/b", "a/b/c", "../b", "a/", "")))
     (tmp_path / "a/b").mkdir(parents=True)
-    assert not is_hub_id("a/b")
+    assert not is_hub_id("a/b") and not is_hub_id("a/b/")
+
+
+def test_a_slash_behind_a_hub_id_is_no_part_of_it(hub):
+    assert is_hub_id(f"{MODEL}/") and not is_hub_id(f"{MODEL}//")
+    assert read_hub_index(f"{MODEL}/") == read_tensor_index(hub.folder)
+    hub.fail["model_info"] = errors.HFValidationError("x")
+    for ask in (read_hub_index, partial(resolve_model, weights=True)):
+        with pytest.raises(UserError, match=r"^owner/name: "):
+            ask(f"{MODEL}/")
 
 
 def test_a_folder_is_itself(tiny, hub):
@@ -106,7 +118,8 @@ FAULTS = [
     ("model_info", errors.HFValidationError("x"), "not a valid hub id"),
     ("hf_hub_download", http_error(errors.RemoteEntryNotFoundError), "has no config.json"),
     ("hf_hub_download", http_error(errors.HfHubHTTPError), "download failed (HfHubHTTPError)"),
-    ("hf_hub_download", OSError(28, "No space left on device"), "download failed (OSError)"),
+    ("hf_hub_download", OSError(errno.EIO, "Input/output error"), "download failed (OSError: Input/output error)"),
+    ("hf_hub_download", PermissionError(errno.EACCES, "Not you", "/a/lock"), "cannot write /a/lock (Not you)"),
     ("get_safetensors_metadata", errors.NotASafetensorsRepoError("x"), "has no safetensors weights"),
     ("get_safetensors_metadata", errors.SafetensorsParsingError("x"), "the header of a shard cannot be read"),
     ("get_safetensors_metadata", errors.HTTPError("refused"), "download failed"),
@@ -120,6 +133,14 @@ def test_every_fault_is_one_line_that_names_the_model(hub, call, fault, message)
         read_hub_index(MODEL)
     assert str(error.value).startswith(f"{MODEL}: ") and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_a_fault_of_the_disk_names_the_cache_and_how_to_have_another(hub, number):
+    hub.fail["snapshot_download"] = OSError(number, os.strerror(number))
+    with pytest.raises(UserError) as error:
+        resolve_model(MODEL, weights=True)
+    assert all(word in str(error.value) for word in (constants.HF_HUB_CACHE, os.strerror(number), "set HF_HOME"))
 
 
 def test_nothing_in_the_cache_and_no_network_is_one_line(hub):
