@@ -14,6 +14,7 @@ from klquant.errors import UserError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_ELEMENTS = 1 << 48
+LFS_POINTER = b"version https://git-lfs"  # what such a file begins with; as a header's length far beyond the limit
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], bytes]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(len(LFS_POINTER))
+            if start == LFS_POINTER:
+                raise UserError(f"{path}: is a git-LFS pointer, not the file itself; run git lfs pull in its folder")
+            file.seek(8)
+            length = int.from_bytes(start[:8], "little")
             if not 2 <= length <= MAX_HEADER or 8 + length > size:
                 raise UserError(f"{path}: truncated or not a safetensors file (header length does not fit its size)")
             raw = file.read(length)

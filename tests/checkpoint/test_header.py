@@ -69,6 +69,13 @@ def test_a_good_file_reads(attempt, good):
     assert attempt(build({"a": entry(offsets=(4, 12)), "b": entry(shape=(1,), offsets=(0, 4))}, bytes(12)))
 
 
+def test_what_git_lfs_left_is_called_that(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4995584424\n")
+    with pytest.raises(UserError, match=r"model\.safetensors: is a git-LFS pointer, .*; run git lfs pull"):
+        read_header(path)
+
+
 def test_truncated_anywhere(attempt, good):
     for size in range(len(good)):
         assert not attempt(good[:size]), size
