@@ -45,8 +45,10 @@ class Harness:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
+            near = [(name, match) for name in names for match in difflib.get_close_matches(name, own, n=1)]
+            task = f"{near[0][0]} (did you mean {near[0][1]}?)" if near else names[0]
             raise UserError(
-                f"task {names[0]} needs lm-eval ({error}): pip install 'klquant[tasks]'; of klquant's own there is "
+                f"task {task} needs lm-eval ({error}): pip install 'klquant[tasks]'; of klquant's own there is "
                 f"{', '.join(own)}"
             ) from None
         for logger in ("lm_eval", "huggingface_hub", "datasets"):

@@ -1,6 +1,7 @@
 """Tasks in an evaluation: beside the reference, in the result file, kept when interrupted, shared by variants."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from klquant.evaluate.options import TaskOptions
 from klquant.evaluate.result import check_comparable, load_result
 from klquant.evaluate.run import evaluate
 from klquant.evaluate.tasks import needle
+from klquant.evaluate.tasks.harness import Harness
 from klquant.evaluate.tasks.scores import unpack
 from tests.evaluate.test_run import Stages, same
 
@@ -110,3 +112,12 @@ def test_results_of_other_questions_are_not_compared(variant, tiny, asked, resul
     check_comparable([("plain", plain), ("ours", ours)])
     with pytest.raises(UserError, match="ours and other cannot be compared: task needle_single with limit 3 and 2"):
         check_comparable([("plain", plain), ("ours", ours), ("other", other)])
+
+
+def test_a_slip_in_a_name_of_klquants_own_is_seen_without_lm_eval(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(UserError, match=r"task neddle \(did you mean needle\?\) needs lm-eval"):
+        Harness(["gsm8k", "neddle"], ["needle", *NEEDLES], TaskOptions(("gsm8k", "neddle")))
+    with pytest.raises(UserError, match=r"task gsm8k needs lm-eval"):
+        Harness(["gsm8k"], ["needle", *NEEDLES], TaskOptions(("gsm8k",)))
