@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import klquant
+from klquant.__main__ import _imports
 from klquant.cli import main as cli
 from klquant.core.allocator import VARIABLES
 from klquant.errors import UserError
@@ -66,6 +67,41 @@ def test_an_interrupt_while_the_first_modules_are_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "klquant: interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("module", ["click", "klquant.cli.inspect", "torch"])
+def test_an_interrupt_that_an_import_swallows(module):
+    """As torch and numpy do: what they catch of a KeyboardInterrupt is lost."""
+    code = (
+        "import os, signal, sys\n"
+        "class Swallow:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        try:\n"
+        f"            if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        except BaseException: pass\n"
+        "sys.meta_path.insert(0, Swallow())\n"
+        f"sys.argv = ['klquant', 'inspect', {str(DEMO)!r}]\n"
+        "from klquant.__main__ import run; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "klquant: interrupted\n")
+
+
+def test_what_a_library_imports_in_the_midst_of_its_work_is_interrupted_as_ever(monkeypatch):
+    seen = []
+
+    class Look:
+        def find_spec(self, name, *_):
+            if name == "no_such_module":
+                seen.append(_imports(sys._getframe()))
+
+    monkeypatch.setattr(sys, "meta_path", [Look(), *sys.meta_path])
+    for package in ("klquant", "klquant.pipeline", "torch.fx"):
+        for code in ("import no_such_module", "import importlib; importlib.import_module('no_such_module')"):
+            with pytest.raises(ModuleNotFoundError):
+                exec(code, {"__name__": package, "__package__": package})
+    assert seen == [True] * 4 + [False] * 2
 
 
 def test_a_bug_keeps_its_traceback(fail):
