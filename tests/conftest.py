@@ -1,5 +1,5 @@
-"""Fixtures shared by all tests. Nothing here needs a network; tests that need a GPU, or a model from the folder `shared`
-beside the repository, are skipped without it."""
+"""Fixtures shared by all tests. Nothing here needs a network; tests that need a GPU, or a model from the folder
+`shared` beside the repository, are skipped without it."""
 
 import os
 from pathlib import Path
