@@ -34,8 +34,8 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 # Rows that prompts are padded to for graphs: the host takes longer to launch their kernels than the GPU to run them.
 GRAPHED = (32, 64, 128, 192, 256, 384, 512, 768, 1_024, 1_536, LARGE_PROMPT)
 # Graphs of what lies behind other tokens: rows times the latents that each of them reads by itself. On an H100 a graph
-# is as slow as the host with four times as many.
-ROWS_TIMES_LATENTS = 1 << 23
+# is as slow as the host with two to three times as many.
+ROWS_TIMES_LATENTS = 3 << 22
 # Prompts of a size that run without one first: making a graph takes two more runs and a capture.
 BEFORE_GRAPH = 4
 # Shorter ones take little longer than a copy of what they left and a place among the prefixes are worth.
