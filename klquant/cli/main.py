@@ -76,6 +76,12 @@ class Commands(click.Group):
             if e.errno == errno.ENAMETOOLONG:
                 raise Failure(f"error: {e.filename!s:.60}…: longer than a file's name may be", 2) from e
             raise
+        except RuntimeError as e:
+            if type(e).__name__ != "OutOfMemoryError":  # torch's, and importing it takes seconds
+                raise
+            raise Failure(
+                f"error: {str(e).partition('. ')[0]}; free memory on the card, or ask for less at once", 2
+            ) from e
         except KeyboardInterrupt as e:
             raise Failure("interrupted", 130) from e
 

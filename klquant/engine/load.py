@@ -14,7 +14,6 @@ from klquant.checkpoint.stack import read_stack
 from klquant.core.grid import Quantized
 from klquant.core.spec import WeightSpec
 from klquant.engine.build import Places, build_weights
-from klquant.engine.graphs import longest_graphed
 from klquant.engine.placement import CPU, Placement, plan_placement
 from klquant.engine.sizes import Outline, held_sizes
 from klquant.engine.weights import EngineWeights
@@ -59,7 +58,6 @@ def place(
             pass
     else:
         _require_kernels(outline.config)
-        options["graphed_prompt"] = max(map(longest_graphed, devices))
     host = 0 if CPU in devices else host
     return plan_placement(outline.config, held_sizes(outline, dtype), devices, host=host, **options)
 

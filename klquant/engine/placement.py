@@ -159,7 +159,6 @@ class Needs(TypedDict, total=False):
     prefixes: int
     cache_bits: int
     activation_bytes: int
-    graphed_prompt: int
 
 
 def plan_placement(

@@ -8,7 +8,7 @@ slot: a step can be launched before the host has seen the last one's tokens.
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from klquant.engine.decode import decode_layer, embed
-from klquant.engine.graphs import LARGE_PROMPT, Graphs, Outputs, longest_graphed, on
+from klquant.engine.graphs import Graphs, Outputs, on
 from klquant.engine.prefill import ChunkRows, Span, numbers, prefill_layer
 from klquant.engine.request import SamplingParams
 from klquant.engine.sampler import Chosen, Mode, SamplingState, sample
@@ -32,7 +32,7 @@ from klquant.model.weights import wide_linear
 # Batch sizes that graphs are captured for; a smaller batch is padded. Beyond the last: multiples of 64.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 # Rows that prompts are padded to for graphs: the host takes longer to launch their kernels than the GPU to run them.
-GRAPHED = (32, 64, 128, 192, 256, 384, 512, 768, 1_024, 1_536, LARGE_PROMPT)
+GRAPHED = (32, 64, 128, 192, 256, 384, 512, 768, 1_024, 1_536, 2_048)
 # Graphs of what lies behind other tokens: rows times the latents that each of them reads by itself. On an H100 a graph
 # is as slow as the host with two to three times as many.
 ROWS_TIMES_LATENTS = 3 << 22
@@ -75,9 +75,8 @@ class Runner:
         self._graphs = {s.device: Graphs(s.device) for s in self.stages if s.device.type == "cuda"}
         self._slots: tuple[tuple[int, ...], dict[torch.device, Tensor]] = ((), {})
         paths = {delta_path(s.device, weights.dtype, GRAPHED[0]) for s in self.stages}
-        most = min(longest_graphed(s.device) for s in self.stages) if paths == {"chunk_fla"} else 0
         # Rows of the graphs that prompts may have here, and how often each was asked for.
-        self._graphed, self._met = [rows for rows in GRAPHED if rows <= most], Counter()
+        self._graphed, self._met = GRAPHED if paths == {"chunk_fla"} else (), Counter()
 
     def bind(self, slot: int, pages: Sequence[int], params: SamplingParams, tokens: Sequence[int], fresh: bool) -> None:
         """Give a slot to a request: its pages, its parameters (with a seed), the tokens of its prompt.
@@ -118,9 +117,10 @@ class Runner:
                     h_SC = self._run_prompt(number, h_SC, spans[0], spans[0].start > 0)
                     stage.state.length[spans[0].slot] = spans[0].stop
                 else:
-                    chunk = ChunkRows.of(stage.state, spans)
-                    h_SC = self._layers(stage, h_SC, chunk, after_layer)
-                    stage.state.length[chunk.slot_N] = chunk.length_N.int()
+                    with self._beside(stage.device):
+                        chunk = ChunkRows.of(stage.state, spans)
+                        h_SC = self._layers(stage, h_SC, chunk, after_layer)
+                        stage.state.length[chunk.slot_N] = chunk.length_N.int()
         return h_SC[: len(ids)]
 
     @torch.no_grad()
@@ -195,8 +195,8 @@ class Runner:
 
     @torch.no_grad()
     def capture_prompts(self, longest: int) -> None:
-        """Make the graphs of prompts of up to `longest` tokens, and of what lies behind others. The largest first: the
-        others are made of its memory."""
+        """Make the graphs of prompts of up to `longest` tokens, and of what lies behind others. The largest first: in
+        its memory the others have room."""
         for rows in reversed(self._graphed[: bisect_left(self._graphed, longest) + 1]):
             for behind in (False, True):
                 self._met[rows, behind] = BEFORE_GRAPH
@@ -209,6 +209,10 @@ class Runner:
     def least_prefix(self) -> int:
         """Of how many tokens a prompt is worth to go on from."""
         return LEAST_PREFIX if self._graphed else 1
+
+    def _beside(self, device: torch.device) -> AbstractContextManager:
+        """A chunk takes the memory of graphs, which is as large as the largest of both."""
+        return self._graphs[device].beside() if device in self._graphs else nullcontext()
 
     def _layers(
         self, stage: Stage, h_SC: Tensor, chunk: ChunkRows, after_layer: Callable[[int, Tensor], None] | None = None

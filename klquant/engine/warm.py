@@ -25,13 +25,13 @@ def warm_up(engine: Engine) -> None:
 
     most = max(1, limits.max_context - ANSWER)
     longest = min(limits.chunk, most)
+    # What takes the most memory first: in its pieces all else has room.
+    ask(min(2 * longest, most))
     engine.runner.capture_prompts(longest)
     for length in sorted({n for n in (*GRAPHED, *doubled(GRAPHED[-1], longest)) if n <= longest} | {longest}):
         ask(length)
         if limits.max_batch > 1 and length > 2:
             ask(length // 2, (length - 1) // 2)
-    if longest < most:
-        ask(min(2 * longest, most))  # more than a chunk
     if limits.prefixes and (first := engine.runner.least_prefix) < most:
         ask(first, keep=True)
         ask(min(first + GRAPHED[0], most))

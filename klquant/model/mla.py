@@ -14,7 +14,7 @@ from klquant.model.norm import LATENT_EPS, rms_norm, widen
 from klquant.model.weights import MLAWeights, linear
 
 # Latents before a chunk that are expanded to keys and values at a time: bounds memory at any context.
-LATENT_BLOCK = 8192
+LATENT_BLOCK = 4096
 
 
 class Latents(Protocol):

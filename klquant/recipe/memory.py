@@ -12,11 +12,10 @@ from klquant.checkpoint.names import place_of
 
 GIB = 1 << 30
 CONTEXTS = (8_192, 131_072, 1_048_576)
-GRAPHED_PROMPT = 1_024  # longest prompt that is a CUDA graph; with longer ones most GPUs have more to do than the host
 PREFILL_CHUNK = 4_096  # tokens prefilled at a time; longer chunks need more workspace and gain little speed
-PAST_BLOCK = 8_192  # tokens before a chunk whose latents are expanded at a time: klquant.model.mla.LATENT_BLOCK
+PAST_BLOCK = 4_096  # tokens before a chunk whose latents are expanded at a time: klquant.model.mla.LATENT_BLOCK
 STAGING_MOST = GIB // 2  # room on a card to copy experts that lie on the host into, while a prompt is read
-RUNTIME_ESTIMATE = 3 * GIB // 4  # a device: CUDA context, kernels, captured graphs, allocator slack
+RUNTIME_ESTIMATE = 9 * GIB // 8  # a device: CUDA context, kernels, captured graphs, allocator slack
 
 # Cards by what they are sold as → (how many, GiB each). GiB is about what PyTorch reports as a card's total capacity,
 # less than its name says; the least of the usual cards of that class (3060, 4080, 3090/4090, 5090, L40S, H100).
@@ -150,13 +149,12 @@ def predict_memory(
     prefixes: int = 0,
     cache_bits: int = 16,
     activation_bytes: int = 2,
-    graphed_prompt: int = GRAPHED_PROMPT,
     embedding_on_cpu: bool = False,
 ) -> Memory:
     """Memory for `context` cached tokens in all over `sequences` sequences.
 
     `prefixes`: prompts besides whose KDA state is kept. `cache_bits`: 8, or 16 for latents as wide as activations, of
-    which a value takes `activation_bytes`. `graphed_prompt`: tokens of the longest that is a CUDA graph.
+    which a value takes `activation_bytes`.
     """
     latent = context * latent_bytes(config, cache_bits, activation_bytes)
     own = kda_state_bytes(config, activation_bytes)
@@ -179,7 +177,7 @@ def predict_memory(
         weights=weights.total - weights.embedding + embedding,
         latent_cache=latent * len(config.mla_layers),
         kda_state=(state + kept) * kda_layers,
-        workspace=workspace_estimate(config, context, sequences, activation_bytes, graphed_prompt),
+        workspace=workspace_estimate(config, context, sequences, activation_bytes),
         runtime=RUNTIME_ESTIMATE,
         stages=tuple(stages),
         reads=tuple(reads),
@@ -197,25 +195,14 @@ def kda_state_bytes(config: KimiLinearConfig, activation_bytes: int = 2) -> int:
     return recurrent + 3 * config.kda_width * (config.conv_width - 1) * activation_bytes
 
 
-def workspace_estimate(
-    config: KimiLinearConfig, context: int, sequences: int, activation_bytes: int = 2,
-    graphed_prompt: int = GRAPHED_PROMPT,
-) -> int:  # fmt: skip
+def workspace_estimate(config: KimiLinearConfig, context: int, sequences: int, activation_bytes: int = 2) -> int:
     """Activations of a prefill chunk, the last one of `context` tokens in all, at their largest: an estimate.
 
     The residual stream stays; KDA, MLA and MLP follow one another, so the largest of the three counts. Graphs of short
-    prompts keep theirs to themselves.
+    prompts and of decode steps take the same memory.
     """
-    tokens, graphed = min(context, PREFILL_CHUNK), min(context, graphed_prompt)
+    c, value, tokens = config, activation_bytes, min(context, PREFILL_CHUNK)
     past = min(context - tokens, PAST_BLOCK)
-    chunk = _chunk_estimate(config, tokens, past, sequences, activation_bytes)
-    logits = sequences * config.vocab_size * 4 * 2
-    return chunk + _chunk_estimate(config, graphed, 0, 1, activation_bytes) + logits
-
-
-def _chunk_estimate(config: KimiLinearConfig, tokens: int, past: int, sequences: int, value: int) -> int:
-    """Of `tokens` positions of several sequences, behind `past` expanded latents; `value`: bytes of an activation."""
-    c = config
     residual = 3 * c.hidden_size * value
     # q, k, v twice, both gates, output and the chunk kernel's intermediates, g in FP32; a state every 64 tokens
     kda = tokens * (c.kda_width * (14 * value + 4) + c.kda_width * c.kda_dim * value // 64)
@@ -232,7 +219,8 @@ def _chunk_estimate(config: KimiLinearConfig, tokens: int, past: int, sequences:
     dense = tokens * 3 * c.intermediate_size * value
     # a weight unpacked for torch's product
     unpacked = max(3 * c.kda_width, 2 * c.intermediate_size) * c.hidden_size * value
-    return tokens * residual + max(kda, mla, moe, dense) + unpacked
+    logits = sequences * c.vocab_size * 4 * 2
+    return tokens * residual + max(kda, mla, moe, dense) + unpacked + logits
 
 
 @dataclass(frozen=True)

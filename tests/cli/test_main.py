@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 import klquant
@@ -48,6 +49,15 @@ def test_a_user_error_is_one_line_on_stderr_and_exit_2(fail):
     fail(UserError("a.yaml:3: two\nlines"))
     result = run("fail")
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", "klquant: error: a.yaml:3: two lines\n")
+
+
+def test_a_full_card_is_one_line(fail):
+    fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB. GPU 0 has …"))
+    result = run("fail")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "klquant: error: CUDA out of memory; free memory on the card, or ask for less at once\n"
+    fail(RuntimeError("a bug"))
+    assert isinstance(run("fail").exception, RuntimeError)
 
 
 def test_an_interrupt_is_one_line_and_exit_130(fail):

@@ -148,7 +148,7 @@ def test_experts_leave_cards_only_where_they_must_and_no_more_than_may(sizes, ro
 def test_int4_runs_on_one_24_gb_card_with_experts_on_the_host(big):
     config, sizes = big
     found = plan_placement(config, sizes, {CARDS[0]: int(23.5 * GIB)}, context=8192, host=8 * GIB)
-    assert max(found.far) < 40 and found.offloaded < 3 * GIB
+    assert max(found.far) < 40 and found.offloaded < 3.25 * GIB
     # A prompt's experts come while the layer before is at work: room for two layers' of them.
     assert found.shares[0].weights + found.offloaded > found.memory.weights + 2 * max(found.far) * (3 << 20)
     assert found.instead == ("the recipe int3",) and "2.8 GiB of experts" in found.note
