@@ -151,8 +151,8 @@ def test_int4_runs_on_one_24_gb_card_with_experts_on_the_host(big):
     assert max(found.far) < 40 and found.offloaded < 3.25 * GIB
     # A prompt's experts come while the layer before is at work: room for two layers' of them.
     assert found.shares[0].weights + found.offloaded > found.memory.weights + 2 * max(found.far) * (3 << 20)
-    assert found.instead == ("the recipe int3",) and "2.8 GiB of experts" in found.note
-    with pytest.raises(UserError, match=r"2\.8 GiB of experts in the host's memory, of which they may take 1\.0$"):
+    assert found.instead == ("the recipe int3",) and "3.0 GiB of experts" in found.note
+    with pytest.raises(UserError, match=r"3\.0 GiB of experts in the host's memory, of which they may take 1\.0$"):
         plan_placement(config, sizes, {CARDS[0]: int(23.5 * GIB)}, context=8192, host=GIB)
     with pytest.raises(UserError, match=r"nothing klquant makes, at any context$"):
         plan_placement(config, sizes, {CARDS[0]: 2 * GIB}, context=8192, host=1 << 50)
