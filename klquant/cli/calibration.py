@@ -16,7 +16,9 @@ def with_calibration(recipe: Recipe, tokens: int | None, window: int | None, opt
     for is kept to, but for what fills the last window."""
     changes = {} if window is None else {"window": window}
     if tokens is not None:
-        changes |= {"tokens": tokens, "max_tokens": tokens, "min_expert_tokens": 0}
+        length = window or recipe.calibration.window
+        whole = -(-tokens // length) * length if tokens >= length else tokens
+        changes |= {"tokens": whole, "max_tokens": whole, "min_expert_tokens": 0}
     try:
         params = CalibrationParams(**recipe.calibration.model_dump() | changes)
     except ValidationError:

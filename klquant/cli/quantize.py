@@ -71,11 +71,14 @@ def command(
     if max_gpu_memory is not None and devices[0].type == "cpu":
         raise UserError("--max-gpu-memory: this run computes on the CPU; leave it out, or name a card with --device")
     with Journal(out) as journal:
-        journal.find(resume)
+        begun = journal.find(resume) is not None
 
     def check(plans, folder: Path) -> None:
         require_text(plans[0], options.calib)
-        room = Room.of(plans[0], folder, devices[0])
+        if journal.complete:  # a name is all that is missing
+            return
+        room = Room.of(plans[0], folder, options)
+        room = room.to_go_on() if begun else room
         require_room([room], out, [journal.folder], "the result takes", "choose another output")
 
     reader, (plan,) = open_model(model, [chosen], target, check)

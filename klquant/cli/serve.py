@@ -38,7 +38,7 @@ PATIENCE = 5
     show_default=True,
     metavar="N",
     help="Prompts whose state is kept, as long as the latent cache has room: a chat's next turn, and what begins with "
-    "the same instructions, computes only what is new. On a GPU, of more than 1,024 tokens.",
+    "the same instructions, computes only what is new. On a GPU, of 512 tokens and more.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: on all interfaces.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")

@@ -65,8 +65,8 @@ class Size(click.ParamType):
         unit = match[2].lower().removesuffix("b")
         base = 1024 if unit.endswith("i") else 1000
         size = int(float(match[1]) * base ** _PREFIX[unit.removesuffix("i")])
+        if not match[2] and 0 < float(match[1]) < LEAST_BARE:
+            self.fail(f"{value!r} has no unit and would be bytes; did you mean {match[1]}GiB?", param, ctx)
         if size < self.least:
             self.fail("a size must be at least one byte", param, ctx)
-        if not match[2] and 0 < size < LEAST_BARE:
-            self.fail(f"{value!r} has no unit and would be bytes; did you mean {match[1]}GiB?", param, ctx)
         return size

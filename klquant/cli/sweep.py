@@ -242,11 +242,12 @@ class Sweep:
 
     def require_room(self, plans: Sequence["Plan"], model: Path) -> None:
         """Raises UserError where the disk has no room for the variants that are not there yet."""
-        from klquant.core.device import pick_device
         from klquant.pipeline.room import Room, require_room
 
-        todo, device = [plan for plan in plans if not self._folder(plan).exists()], pick_device(self.making.device)
-        rooms, unfinished = [Room.of(plan, model, device) for plan in todo], [self._unfinished(plan) for plan in todo]
+        todo = [plan for plan in plans if not self._folder(plan).exists()]
+        unfinished = [self._unfinished(plan) for plan in todo]
+        rooms = [Room.of(plan, model, self.making) for plan in todo]
+        rooms = [room.to_go_on() if folder.exists() else room for room, folder in zip(rooms, unfinished, strict=True)]
         what = f"the {len(todo)} variants to make take" if len(todo) > 1 else "the variant to make takes"
         require_room(rooms, self.out, unfinished, what, "sweep fewer recipes")
 

@@ -34,7 +34,8 @@ def hardware(devices: Sequence[torch.device]) -> str:
     """Kind of the devices, and what decides the order of sums there: a CPU's instructions and torch's threads, a card's
     model."""
     if devices[0].type == "cpu":
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads != 1)}"
     return "cuda " + ", ".join(sorted({torch.cuda.get_device_name(device) for device in devices}))
 
 

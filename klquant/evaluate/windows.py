@@ -106,8 +106,14 @@ class WindowFile:
 def _alone(file: Path, write: Callable[[Path], object]) -> None:
     """Write under a name that no other process uses, then put it in place."""
     own = file.with_name(f".{os.getpid()}-{file.name}")
-    write(own)
-    os.replace(own, file)
+    try:
+        write(own)
+        os.replace(own, file)
+    except (OSError, UserError):
+        if not file.parent.exists():
+            raise UserError(f"{file.parent}: was taken away by another evaluation with the same output; choose another "
+                            "output for one of them") from None  # fmt: skip
+        raise
 
 
 def _read(file: Path) -> object:

@@ -118,10 +118,11 @@ class Journal:
         self.found = asdict(purpose)
 
     def check(self, purpose: Purpose, settings: dict) -> None:
-        """Raises UserError unless the run found is one for `purpose`; `settings` name what differs of the plan."""
+        """Raises UserError unless the run found is one for `purpose`; `settings` name what differs of the plan. Where
+        nothing is left to compute, any device will do."""
         now, changed = asdict(purpose), []
         for key, text in _CHANGED.items():
-            if self.found.get(key) != now[key]:
+            if self.found.get(key) != now[key] and not (key == "device" and self.complete):
                 named = _changed_settings(self.settings, settings) if key == "plan" else []
                 changed += named or [text.format(self.found.get(key), now[key])]
         if changed:

@@ -25,7 +25,7 @@ from klquant.pipeline.behind import Behind
 from klquant.pipeline.finish import finish
 from klquant.pipeline.journal import Journal, Purpose
 from klquant.pipeline.landing import Landing
-from klquant.pipeline.placement import NO_LIMITS, Limits, limit_devices, place
+from klquant.pipeline.placement import NO_LIMITS, Limits, Placement, limit_devices, place
 from klquant.pipeline.report import Silent, Traffic, UnitDone, Watcher
 from klquant.pipeline.streams import DTYPES, StreamStore, stream_names
 from klquant.pipeline.text import draw_text, keep_text
@@ -65,14 +65,7 @@ def quantize(
         if options.resume and before is None:
             watcher.note(f"nothing to resume at {out}: this run begins at the first layer")
         check_model(reader)
-        device, *others = pick_devices(options.device)
-        settings = WalkSettings(
-            device=device,
-            dtype=DTYPES[device.type],
-            batch=max(1, BATCH_TOKENS[device.type] // plan.recipe.calibration.window),
-            others=tuple(others),
-            host_limit=options.limits.cpu,
-        )
+        settings = walk_settings(plan, options)
         limit_devices(settings, options.limits)
         purpose = Purpose(
             klquant.__version__, torch.__version__, reader.fingerprint(), plan.digest(),
@@ -85,12 +78,11 @@ def quantize(
                 return journal.finish()
         text = None
         if plan.needs_calibration:
-            params = plan.recipe.calibration
-            windows, streams = whole_windows(params)[0], len(stream_names(plan))
             # Asked again when the streams are made. What cannot fit is refused before there is a file.
-            place(reader.config, settings, windows, params.window, streams, options.limits)
+            place_streams(plan, settings, options.limits)
             if note := building_note(settings.device, settings.dtype):
                 watcher.note(note)
+            params = plan.recipe.calibration
             text = draw_text(options.calib or params.mix, reader, params, settings, watcher, journal)
         elif lack := missing_tokenizer(reader.folder):
             watcher.note(f"{lack}: without it the result can neither be evaluated nor answer")
@@ -107,6 +99,24 @@ def quantize(
             import_fla(settings.device, settings.dtype)
         _work(reader, plan, settings, journal, shards, text and text.calibration.ids, options.limits, watcher)
         return finish(reader, plan, journal, shards, text)
+
+
+def walk_settings(plan: Plan, options: RunOptions) -> WalkSettings:
+    """Where and in what batches the run works on a layer. Raises UserError as `pick_devices` does."""
+    device, *others = pick_devices(options.device)
+    return WalkSettings(
+        device=device,
+        dtype=DTYPES[device.type],
+        batch=max(1, BATCH_TOKENS[device.type] // plan.recipe.calibration.window),
+        others=tuple(others),
+        host_limit=options.limits.cpu,
+    )
+
+
+def place_streams(plan: Plan, settings: WalkSettings, limits: Limits) -> Placement:
+    """Where the streams of the first windows go. Raises UserError as `place` does."""
+    params = plan.recipe.calibration
+    return place(plan.config, settings, whole_windows(params)[0], params.window, len(stream_names(plan)), limits)
 
 
 def missing_tokenizer(folder: Path) -> str | None:

@@ -123,12 +123,13 @@ def _wrong_with(error: RequestValidationError) -> str:
     nearest = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     if nearest["type"] == "json_invalid":
         return f"the body is no JSON: {nearest['ctx']['error']}"
-    if nearest["type"] == "model_attributes_type":
+    if nearest["type"] == "model_attributes_type" and nearest["loc"] == ("body",):
         return "the body is no JSON object, or not said to be one: Content-Type: application/json"
     if nearest["loc"] == ("body",) and nearest["type"] == "missing":
         return "the body is empty; a JSON object is expected"
     where = ".".join(str(part) for part in nearest["loc"] if isinstance(part, int) or part in FIELDS)
-    return f"{where}: {nearest['msg'].removeprefix('Value error, ')}"
+    what = nearest["msg"].removeprefix("Value error, ")
+    return f"{where}: {'an object is expected' if nearest['type'] == 'model_attributes_type' else what}"
 
 
 class _Desk:

@@ -72,6 +72,7 @@ def test_a_chat_template_is_used_unless_raw(tmp_path):
         ([DEMO, "x", "--max-memory", "cuda:0=0"], "a size must be at least one byte"),
         ([DEMO, "x", "--devices", "cpu", "--max-memory", "cpu=0"], "cpu (0.0 GiB allowed by --max-memory)"),
         ([DEMO, "x", "--max-memory", "cpu=20"], "'20' has no unit and would be bytes; did you mean 20GiB"),
+        ([DEMO, "x", "--max-memory", "cpu=0.5"], "'0.5' has no unit and would be bytes; did you mean 0.5GiB"),
         ([DEMO, "x", "--top-p", 2], "error: --top-p is 2.0, expected above 0 and at most 1"),
         ([DEMO, "x", "--stop", ""], "error: --stop has an empty text"),
     ],

@@ -178,6 +178,15 @@ def test_tokens_are_rounded_up_to_whole_windows_and_said(model, small, tmp_path)
     assert json.loads((tmp_path / "out" / "klquant.json").read_text())["calibration"]["windows"] == 2
 
 
+def test_a_run_is_gone_on_with_by_the_number_that_was_shown(model, small, tmp_path, monkeypatch):
+    """100 tokens are 128 in whole windows, and no other run."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("klquant.pipeline.run.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert quantize(model, "-o", out, "--recipe", small, "--calib-tokens", 100).exit_code == 130
+    assert quantize(model, "-o", out, "--recipe", small, "--calib-tokens", 128, "--resume").exit_code == 0
+
+
 def test_rounding_says_that_it_needs_no_text(model, tmp_path):
     file = tmp_path / "round.yaml"
     file.write_text(recipe_text(ROUND))
@@ -336,6 +345,16 @@ def test_an_output_in_use_is_refused(model, small, tmp_path, make, args):
     result = quantize(model, "-o", tmp_path / "out", "--recipe", small, *args)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "out: exists and is not an empty folder" in result.stderr
+
+
+def test_a_full_disk_does_not_stop_a_run_that_has_all_but_its_name(model, small, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert quantize(model, "-o", out, "--recipe", small).exit_code == 0
+    out.rename(tmp_path / "out.unfinished")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 0}))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)  # nothing is computed any more
+    result = quantize(model, "-o", out, "--recipe", small, "--resume")
+    assert result.exit_code == 0 and (out / "config.json").exists(), result.stderr
 
 
 def test_a_disk_too_small_is_refused_before_any_work(model, small, tmp_path, monkeypatch):

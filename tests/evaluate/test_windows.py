@@ -41,6 +41,13 @@ def test_two_processes_write_the_same_window(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "w").iterdir()} == {"purpose.json", "window-00000.safetensors"}
 
 
+def test_a_folder_that_another_process_took_away_is_called_that(tmp_path):
+    folder = WindowFolder.open(tmp_path / "w", PURPOSE)
+    folder.remove()
+    with pytest.raises(UserError, match="w: was taken away by another evaluation with the same output"):
+        folder.write(0, TENSORS)
+
+
 def test_what_a_killed_process_left_goes_in_time(tmp_path):
     folder = tmp_path / "w"
     folder.mkdir()

@@ -4,17 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from klquant.checkpoint.reader import CheckpointReader
 from klquant.errors import UserError
 from klquant.pipeline import room as module
 from klquant.pipeline.report import Silent
 from klquant.pipeline.room import Room, require_room
+from klquant.pipeline.run import RunOptions
 from klquant.recipe.plan import make_plan
 from tests.pipeline.build import ROUND, recipe, run, unfinished
 
-CPU = torch.device("cpu")
 EXACT = "calibration: {mix: tiny, tokens: 256, window: 64, min_expert_tokens: 0, max_tokens: 256}"
 
 
@@ -22,11 +21,14 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.parametrize("in_files", [False, True])
 @pytest.mark.parametrize("chosen", [recipe(text=EXACT), recipe(ROUND)], ids=["calibrated", "rounded"])
-def test_no_moment_of_a_run_takes_more_than_was_foreseen(model, tmp_path, monkeypatch, chosen):
+def test_no_moment_of_a_run_takes_more_than_was_foreseen(model, tmp_path, monkeypatch, chosen, in_files):
+    if in_files:
+        monkeypatch.setattr("klquant.pipeline.placement.MEMORY_SHARE", {"cpu": 0})
     reader, sizes, out = CheckpointReader.open(model), [], tmp_path / "out"
     plan = make_plan(chosen, reader.config, {n: (i.dtype, i.shape) for n, i in reader.tensors.items()}, "klquant")
-    foreseen = Room.of(plan, model, CPU)
+    foreseen = Room.of(plan, model, RunOptions())
     monkeypatch.setattr("os.replace", _measured(sizes, unfinished(out)))
     run(model, out, chosen, Silent())
     assert foreseen.result < 4 * size(out) and size(out) < foreseen.result
