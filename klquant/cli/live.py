@@ -1,8 +1,5 @@
 """What `klquant quantize` shows while it works: a line for each finished unit and, on a terminal, a live view below."""
 
-import os
-import resource
-
 import torch
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,6 +9,7 @@ from rich.text import Text
 
 from klquant.cli.pace import Pace, Work
 from klquant.cli.spell import about, duration, place
+from klquant.core.memory import resident_memory
 from klquant.core.units import decimal, percent
 from klquant.pipeline.report import Traffic, UnitDone
 
@@ -130,7 +128,7 @@ class View(Lines):
         parts.append(
             "time left not known yet" if left is None else f"about {about(left)} left" if left else "done soon"
         )
-        parts.append(f"{decimal(resident())} RAM")
+        parts.append(f"{decimal(resident_memory())} RAM")
         if peak := cuda_peak():
             parts.append(f"{decimal(peak)} CUDA at most")
         return parts
@@ -164,16 +162,7 @@ def _row(unit: UnitDone, took: float) -> Text:
         mean, worst, where = percent(unit.mean_error), percent(unit.worst_error), place(unit.worst_tensor)[1]
     row = Text(f"{unit.name:<10}{duration(took):>12}")
     row.append(f"{mean:>11}").append(f"{worst:>11}")
-    return row.append(f"{decimal(resident()):>10}  {where}".rstrip(), style="dim")
-
-
-def resident() -> int:
-    """Bytes of host memory that this process holds now; at most so far where the system does not tell."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return row.append(f"{decimal(resident_memory()):>10}  {where}".rstrip(), style="dim")
 
 
 def cuda_peak() -> int:

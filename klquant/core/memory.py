@@ -37,12 +37,11 @@ def free_memory(device: torch.device | None = None) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of the host's memory that this process takes now."""
+    """Bytes of the host's memory that this process takes now; at most so far where the system does not tell."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        # The most there has been, in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -109,7 +109,7 @@ def begun(view, clock) -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_the_view_fits_the_terminal(width, clock, monkeypatch):
-    monkeypatch.setattr("klquant.cli.live.resident", lambda: 14_200_000_000)
+    monkeypatch.setattr("klquant.cli.live.resident_memory", lambda: 14_200_000_000)
     monkeypatch.setattr("klquant.cli.live.cuda_peak", lambda: 31_000_000_000)
     out = console(width)
     view = View(out, works())
