@@ -31,9 +31,12 @@ class Graphs:
         all that was launched before, and before all that comes. Enter it with the device current (`on`)."""
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
-            yield
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+                yield
+        finally:
+            # An interrupt included: a graph that is replayed next must not meet what still runs.
+            here.wait_stream(self._stream)
 
     def run(
         self, key: Hashable, function: Callable[..., Outputs], inputs: tuple[Tensor, ...],

@@ -23,7 +23,7 @@ def warm_up(engine: Engine) -> None:
         for prefix in [] if keep else engine.loop.scheduler.prefixes.copy():
             engine.loop.scheduler.forget(prefix)
 
-    most = max(1, limits.max_context - ANSWER)
+    most = max(1, min(limits.max_context, limits.cache_tokens) - ANSWER)
     longest = min(limits.chunk, most)
     # What takes the most memory first: in its pieces all else has room.
     ask(min(2 * longest, most))

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,10 @@ class WindowFolder:
                     raise UserError(f"{folder}: holds something else than windows of klquant eval; move or delete it")
             folder.mkdir(parents=True, exist_ok=True)
             for half in folder.glob(".*"):
-                if time.time() - half.stat().st_mtime > ABANDONED:
-                    half.unlink(missing_ok=True)
+                # Its owner may put it in place meanwhile.
+                with suppress(FileNotFoundError):
+                    if time.time() - half.stat().st_mtime > ABANDONED:
+                        half.unlink()
         except OSError as error:
             raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
         if not file.exists():

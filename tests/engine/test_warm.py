@@ -44,6 +44,15 @@ def test_every_size_is_met_and_nothing_stays(tiny, monkeypatch, batch, prefixes,
         assert cold.generate([[5, 6, 7]], params)[0].tokens == after.tokens
 
 
+@pytest.mark.parametrize("cache", [64, 128, 192])
+def test_a_cache_smaller_than_the_context_is_no_trouble(tiny, cache):
+    with Engine.from_pretrained(
+        tiny, devices="cpu", max_context=400, max_batch=2, cache_tokens=cache, chunk=100
+    ) as engine:
+        warm_up(engine)
+        assert not engine.loop.jobs
+
+
 @pytest.mark.parametrize("context", [2, 3, 4])
 def test_tight_limits_are_no_trouble(tiny, context):
     limits = {"max_context": context, "max_batch": 2, "cache_tokens": context, "chunk": 1}

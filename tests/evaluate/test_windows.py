@@ -59,6 +59,16 @@ def test_what_a_killed_process_left_goes_in_time(tmp_path):
     assert [half.exists() for half in halves] == [False, True]
 
 
+def test_what_another_process_finishes_meanwhile_is_not_missed(tmp_path, monkeypatch):
+    """Its file was seen under its own name, and has the common one by the time its age is asked for."""
+    folder = tmp_path / "w"
+    WindowFolder.open(folder, PURPOSE)
+    half = folder / ".1-window-00000.safetensors"
+    half.touch()
+    monkeypatch.setattr("klquant.evaluate.windows.time.time", lambda: half.unlink(missing_ok=True) or 0.0)
+    WindowFolder.open(folder, PURPOSE)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/w: cannot be created: Not a directory"):
