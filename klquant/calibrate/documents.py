@@ -10,12 +10,12 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 from klquant.calibrate.chat import Message, require_messages
 from klquant.calibrate.mixes import Mix, MixSource, known_mixes, load_mix
+from klquant.core.packages import is_installed
 from klquant.errors import UserError
 
 Document = str | list[Message]
@@ -47,7 +47,7 @@ class Source:
 def require_readable(spec: str, option: str = CALIB) -> None:
     """Raises UserError where what `spec` names does not exist, or what reads it is not installed. Nothing is read."""
     for source in resolve_sources(spec, seed=0, option=option):
-        if source.library is not None and find_spec(source.library.module) is None:
+        if source.library is not None and not is_installed(source.library.module):
             raise UserError(source.library.lack)
 
 

@@ -31,7 +31,7 @@ def call(model, tmp_path, monkeypatch):
     for module in ("klquant.cli.fetch", "klquant.checkpoint.hub"):
         monkeypatch.setattr(f"{module}.resolve_model", resolve)
         monkeypatch.setattr(f"{module}.read_hub_index", lambda name: read_tensor_index(model))
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr("klquant.calibrate.documents.is_installed", lambda package: False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     monkeypatch.chdir(tmp_path)

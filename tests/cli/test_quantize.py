@@ -83,7 +83,7 @@ def test_a_pipe_gets_plain_lines(done, model):
 @pytest.mark.parametrize("there", [True, False])
 def test_the_evaluation_to_copy_runs(done, model, tmp_path, monkeypatch, there):
     """With the default mix where its library is there, else on text that needs none."""
-    monkeypatch.setattr("klquant.calibrate.documents.find_spec", lambda name: object() if there else None)
+    monkeypatch.setattr("klquant.calibrate.documents.is_installed", lambda package: there)
     (line,) = _commands_after(model, done[1], "eval")
     assert line.split() == ["klquant", "eval", str(done[1]), "--against", str(model),
                             *([] if there else ["--data", "tiny"]), "-o", f"{done[1]}.json"]  # fmt: skip
